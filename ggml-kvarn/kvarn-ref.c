@@ -1,0 +1,700 @@
+// kvarn-ref.c - the values of a KVarN tile: this file defines what seal, unseal and attend compute.
+// Plain C11. Every backend and python/kvarn/reference.py must give the same tile bytes, so the order of every sum is part of the definition:
+//   sums over tokens    f32, one accumulator per channel, t = 0, 1, .. 127
+//   sums over channels  f32, 16 lanes: lane j adds d = j, j + 16, ..; then lanes j and j + 8, j and j + 4, j and j + 2, 0 and 1
+// Only + - * / and sqrt of f32, each rounded to nearest even by itself: no fused multiply-add, no fast-math.
+//
+// SPDX-License-Identifier: MIT
+
+#include "kvarn.h"
+
+#include <math.h>
+#include <string.h>
+
+// a*b + c must never become one rounding
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize ("fp-contract=off")
+#elif defined(_MSC_VER)
+#pragma fp_contract (off)
+#endif
+
+// The library is built without -march: compile the hot functions twice and pick at load time. Same arithmetic, same bytes.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__AVX2__) && \
+    ((defined(__clang__) && __clang_major__ >= 16) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 9))
+#define KVARN_CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#define KVARN_CLONES
+#endif
+
+#if defined(__GNUC__)
+#define KVARN_INLINE static inline __attribute__((always_inline))
+#else
+#define KVARN_INLINE static inline
+#endif
+
+#define G     KVARN_G
+#define LANES 16
+
+enum {
+    SWEEPS     = 4, // normalization sweeps, each gives token scales and then channel scales
+    CANDIDATES = 3, // ranges tried per channel
+    ROUNDS     = 2, // alternating least-squares rounds
+};
+
+static const float X_MAX     = 65504.0f;       // largest finite f16
+static const float RMS_MIN   = 0x1p-40f;       // a tile below this is all zero
+static const float STD_MIN   = 0.74081822f;    // exp(-0.3): the paper's floor of a scale
+static const float STD_MAX   = 22026.466f;     // exp(10)
+static const float SIDE_MIN  = 1e-8f;          // smallest std that counts in the imbalance
+static const float TINY      = 0x1p-60f;       // steps and token scales below this count as 0
+static const float FIT_MIN   = 1e-5f;          // share of its second moment below which a variance is rounding noise
+static const float AGREE     = 2.0f;           // keys: x.x/x.c only where cos^2 of x and c is at least 1/2
+static const float ROUND_INT = 12582912.0f;    // 1.5*2^23: adding and subtracting it rounds to an integer, ties to even
+
+// ranges tried, as a share of [min, max], for 2, 3 and 4 bits
+static const float RANGE[3][CANDIDATES] = {
+    { 0.80f, 0.68f, 0.55f },
+    { 0.90f, 0.78f, 0.65f },
+    { 1.00f, 0.90f, 0.78f },
+};
+
+// --- f16 ---
+
+// nearest f16, ties to even; too large becomes the largest finite f16
+KVARN_INLINE uint16_t f16_from_f32(float v) {
+    uint32_t u;
+    memcpy(&u, &v, sizeof(u));
+    const uint32_t sign = (u >> 16) & 0x8000;
+    u &= 0x7fffffff;
+    if (u >= 0x477ff000) {                                     // rounds to 65520 or more
+        return (uint16_t) (sign | 0x7bff);
+    }
+    if (u < 0x38800000) {                                      // below 2^-14: let f32 addition round at bit 2^-24
+        float a;
+        memcpy(&a, &u, sizeof(a));
+        a += 0.5f;
+        memcpy(&u, &a, sizeof(u));
+        return (uint16_t) (sign | (u - 0x3f000000));
+    }
+    u += 0xfff + ((u >> 13) & 1);
+    return (uint16_t) (sign | ((u >> 13) - (112 << 10)));
+}
+
+KVARN_INLINE float f16_to_f32(uint16_t h) {
+    const uint32_t sign = (uint32_t) (h & 0x8000) << 16;
+    uint32_t u = (uint32_t) (h & 0x7fff) << 13;
+    float v;
+    memcpy(&v, &u, sizeof(v));
+    v *= 0x1p112f;                                             // moves the exponent, exact for subnormals too
+    memcpy(&u, &v, sizeof(u));
+    u |= sign;
+    memcpy(&v, &u, sizeof(v));
+    return v;
+}
+
+KVARN_INLINE void f16_store(uint8_t * p, uint16_t h) {
+    p[0] = (uint8_t) h;
+    p[1] = (uint8_t) (h >> 8);
+}
+
+KVARN_INLINE float f16_load(const uint8_t * p) {
+    return f16_to_f32((uint16_t) (p[0] | p[1] << 8));
+}
+
+// --- sums ---
+
+KVARN_INLINE float max_f32(float a, float b) { return a > b ? a : b; }
+KVARN_INLINE float min_f32(float a, float b) { return a < b ? a : b; }
+
+// sum of 16 lanes in the fixed order
+KVARN_INLINE float lanes_sum(float * a) {
+    for (int n = LANES/2; n > 0; n /= 2) {
+        for (int j = 0; j < n; ++j) {
+            a[j] += a[j + n];
+        }
+    }
+    return a[0];
+}
+
+// sample variance of n values from their sum and sum of squares
+KVARN_INLINE float variance(float sum, float sum2, float n) {
+    return max_f32((sum2 - sum*(sum/n))/(n - 1.0f), 0.0f);
+}
+
+// --- seal ---
+
+// Step 1. y = x/rms with NaN as 0 and the rest clamped; returns rms, or 0 for a tile that counts as zero.
+KVARN_INLINE float seal_prepare(int D, const float * restrict x, float * restrict y, float * restrict sum2) {
+    memset(sum2, 0, (size_t) D*sizeof(float));
+    for (int t = 0; t < G; ++t) {
+        for (int d = 0; d < D; ++d) {
+            float v = x[t*D + d];
+            v = v == v ? v : 0.0f;
+            v = v < X_MAX ? v : X_MAX;
+            v = v > -X_MAX ? v : -X_MAX;
+            y[t*D + d] = v;
+            sum2[d] += v*v;
+        }
+    }
+    float a[LANES] = { 0 };
+    for (int d = 0; d < D; d += LANES) {
+        for (int j = 0; j < LANES; ++j) {
+            a[j] += sum2[d + j];
+        }
+    }
+    const float rms = sqrtf(lanes_sum(a)/(float) (G*D));
+    if (!(rms >= RMS_MIN)) {
+        return 0.0f;
+    }
+    const float r = 1.0f/rms;
+    for (int i = 0; i < G*D; ++i) {
+        y[i] *= r;
+    }
+    return rms;
+}
+
+// Step 2. Variance normalization: token scales tok such that y[t][d]/tok[t] has tokens of equal spread once its channels have.
+// One sweep gives the token scales for the channel scales so far, then the channel scales for these token scales.
+// The best balanced pair is kept, (1, 1) included. The channel scales are needed no further: scale and zero absorb them.
+KVARN_INLINE void seal_normalize(int D, const float * restrict y, float * restrict tok, float * restrict vec) {
+    float * restrict rc   = vec;           // 1/channel scale
+    float * restrict ref  = vec + D;       // about the channel's mean: keeps the sums of squares small
+    float * restrict sum  = vec + 2*D;
+    float * restrict sum2 = vec + 3*D;
+    float cur[G];
+
+    memset(sum,  0, (size_t) D*sizeof(float));
+    memset(sum2, 0, (size_t) D*sizeof(float));
+    for (int t = 0; t < G; ++t) {
+        for (int d = 0; d < D; ++d) {
+            sum [d] += y[t*D + d];
+            sum2[d] += y[t*D + d]*y[t*D + d];
+        }
+    }
+    float c_max = 0.0f;
+    float c_min = STD_MAX;
+    for (int d = 0; d < D; ++d) {
+        const float s = sqrtf(variance(sum[d], sum2[d], G));
+        c_max  = max_f32(c_max, s);
+        c_min  = min_f32(c_min, s);
+        ref[d] = sum[d]/(float) G;
+        rc [d] = 1.0f;
+    }
+    float best = c_max/max_f32(c_min, SIDE_MIN);
+
+    for (int t = 0; t < G; ++t) {
+        tok[t] = 1.0f;
+    }
+    for (int k = 0; k < SWEEPS; ++k) {
+        float t_max = 0.0f, t_min = STD_MAX;               // of the token std, before and after this sweep's token scale
+        float u_max = 0.0f, u_min = STD_MAX;
+        memset(sum,  0, (size_t) D*sizeof(float));
+        memset(sum2, 0, (size_t) D*sizeof(float));
+        for (int t = 0; t < G; ++t) {
+            const float * restrict yt = y + t*D;
+            float a[LANES] = { 0 };
+            float b[LANES] = { 0 };
+            for (int d = 0; d < D; d += LANES) {
+                for (int j = 0; j < LANES; ++j) {
+                    const float v = yt[d + j]*rc[d + j];
+                    a[j] += v;
+                    b[j] += v*v;
+                }
+            }
+            const float s = sqrtf(variance(lanes_sum(a), lanes_sum(b), (float) D));
+            cur[t] = min_f32(max_f32(s, STD_MIN), STD_MAX);
+            const float r = 1.0f/cur[t];
+            t_max = max_f32(t_max, s);
+            t_min = min_f32(t_min, s);
+            u_max = max_f32(u_max, s*r);
+            u_min = min_f32(u_min, s*r);
+            for (int d = 0; d < D; ++d) {
+                const float v = yt[d]*r - ref[d];
+                sum [d] += v;
+                sum2[d] += v*v;
+            }
+        }
+        c_max = 0.0f;
+        c_min = STD_MAX;
+        for (int d = 0; d < D; ++d) {
+            const float s = sqrtf(variance(sum[d], sum2[d], G));
+            c_max   = max_f32(c_max, s*rc[d]);
+            c_min   = min_f32(c_min, s*rc[d]);
+            rc [d]  = 1.0f/min_f32(max_f32(s, STD_MIN), STD_MAX);
+            ref[d] += sum[d]/(float) G;
+        }
+        if (k == 0) {
+            best += t_max/max_f32(t_min, SIDE_MIN);
+        }
+        const float imbalance = c_max/max_f32(c_min, SIDE_MIN) + u_max/max_f32(u_min, SIDE_MIN);
+        if (imbalance <= best) {
+            best = imbalance;
+            memcpy(tok, cur, sizeof(cur));
+        }
+    }
+}
+
+// Codes of one row in f32: round((y/tok - zero)/scale), clamped; r = 1/tok, inv = 1/scale, off = -zero/scale
+KVARN_INLINE void row_codes(int D, float L, const float * restrict y, float r, const float * restrict inv,
+                            const float * restrict off, float * restrict q) {
+    for (int d = 0; d < D; ++d) {
+        float v = y[d]*r*inv[d] + off[d];
+        v = v > 0.0f ? v : 0.0f;
+        v = v < L ? v : L;
+        q[d] = v + ROUND_INT - ROUND_INT;
+    }
+}
+
+KVARN_INLINE float reciprocal(float v) { return v > TINY ? 1.0f/v : 0.0f; }
+
+// sums over tokens that fit one channel: y[t] ~ tok[t]*((code[t] - h)*scale + mid), h = half of the largest code
+typedef struct {
+    float * cc; // (tok*(code - h))^2
+    float * cw; // tok^2*(code - h)
+    float * cy; // tok*(code - h)*y
+    float * wy; // tok*y
+    float   ww; // tok^2
+} seal_sums;
+
+// Step 3. One walk over the tile: the codes for scale and mid, then the sums of the next fit.
+// With refit, each token's scale is first replaced by the least-squares one for the codes just found.
+KVARN_INLINE void seal_walk(int D, float L, int refit, const float * restrict y, float * restrict tok, const float * restrict scale,
+                            const float * restrict mid, float * restrict vec, seal_sums * s) {
+    float * restrict inv = vec;
+    float * restrict off = vec + D;
+    float * restrict q   = vec + 2*D;
+    float * restrict cc  = vec + 3*D;
+    float * restrict cw  = vec + 4*D;
+    float * restrict cy  = vec + 5*D;
+    float * restrict wy  = vec + 6*D;
+    const float h = 0.5f*L;
+    for (int d = 0; d < D; ++d) {
+        inv[d] = reciprocal(scale[d]);
+        off[d] = h - mid[d]*inv[d];
+    }
+    memset(cc, 0, (size_t) (4*D)*sizeof(float));
+    float ww = 0.0f;
+    for (int t = 0; t < G; ++t) {
+        const float * restrict yt = y + t*D;
+        row_codes(D, L, yt, reciprocal(tok[t]), inv, off, q);
+        if (refit) {
+            float a[LANES] = { 0 };
+            float b[LANES] = { 0 };
+            for (int d = 0; d < D; d += LANES) {
+                for (int j = 0; j < LANES; ++j) {
+                    const float c = (q[d + j] - h)*scale[d + j] + mid[d + j];
+                    a[j] += yt[d + j]*c;
+                    b[j] += c*c;
+                }
+            }
+            const float yc = lanes_sum(a);
+            const float c2 = lanes_sum(b);
+            tok[t] = yc > 0.0f && c2 > 0.0f ? yc/c2 : 0.0f;
+        }
+        const float w = tok[t];
+        for (int d = 0; d < D; ++d) {
+            const float c = (q[d] - h)*w;
+            cc[d] += c*c;
+            cw[d] += c*w;
+            cy[d] += c*yt[d];
+            wy[d] += w*yt[d];
+        }
+        ww += w*w;
+    }
+    s->cc = cc;
+    s->cw = cw;
+    s->cy = cy;
+    s->wy = wy;
+    s->ww = ww;
+}
+
+// least-squares scale of channel d; *gain is what it takes off the squared error
+KVARN_INLINE float fit_scale(const seal_sums * s, int d, float * gain) {
+    const float m   = s->cw[d]/s->ww;
+    const float cov = s->cy[d] - m*s->wy[d];
+    const float var = s->cc[d] - m*s->cw[d];
+    const float r   = cov > 0.0f && var > FIT_MIN*s->cc[d] ? cov/var : 0.0f;
+    *gain = cov*r;
+    return r;
+}
+
+KVARN_INLINE float fit_mid(const seal_sums * s, int d, float scale) {
+    return (s->wy[d] - scale*s->cw[d])/s->ww;
+}
+
+// Step 4. Scale and mid of each channel: the best of some ranges, then rounds of alternating least squares with the token scales.
+// On return scale and mid are f32; sums holds those of the last walk.
+KVARN_INLINE void seal_fit(int D, int bits, const float * restrict y, float * restrict tok, float * restrict scale, float * restrict mid,
+                           float * restrict vec, seal_sums * sums) {
+    const float L = (float) ((1 << bits) - 1);
+    float * restrict lo   = vec;
+    float * restrict hi   = vec + D;
+    float * restrict gain = vec + 2*D;
+    float * restrict s    = vec + 3*D;
+    float * restrict m    = vec + 4*D;
+    vec += 5*D;
+
+    for (int d = 0; d < D; ++d) {
+        lo[d] = hi[d] = y[d]*reciprocal(tok[0]);
+    }
+    for (int t = 1; t < G; ++t) {
+        const float r = reciprocal(tok[t]);
+        for (int d = 0; d < D; ++d) {
+            const float v = y[t*D + d]*r;
+            lo[d] = min_f32(lo[d], v);
+            hi[d] = max_f32(hi[d], v);
+        }
+    }
+    for (int d = 0; d < D; ++d) {
+        gain[d] = -1.0f;
+    }
+    for (int k = 0; k < CANDIDATES; ++k) {
+        const float share = RANGE[bits - 2][k]/L;
+        for (int d = 0; d < D; ++d) {
+            s[d] = (hi[d] - lo[d])*share;
+            m[d] = (hi[d] + lo[d])*0.5f;
+        }
+        seal_walk(D, L, 0, y, tok, s, m, vec, sums);
+        for (int d = 0; d < D; ++d) {
+            float g;
+            const float r = fit_scale(sums, d, &g);
+            if (g > gain[d]) {
+                gain [d] = g;
+                scale[d] = r;
+                mid  [d] = fit_mid(sums, d, r);
+            }
+        }
+    }
+    for (int k = 0; k < ROUNDS; ++k) {
+        seal_walk(D, L, 1, y, tok, scale, mid, vec, sums);
+        for (int d = 0; d < D; ++d) {
+            float g;
+            scale[d] = fit_scale(sums, d, &g);
+            mid  [d] = fit_mid(sums, d, scale[d]);
+        }
+    }
+}
+
+// Step 5. Scale and zero to f16, codes for exactly these, token scales for exactly those.
+//   keys     x.x/x.c: the key keeps its length along itself, so that scores do not shrink; least squares where x and c disagree
+//   values   x.c/c.c: least squares
+KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float * restrict y, float * restrict tok, float * restrict scale,
+                             float * restrict mid, float * restrict vec, seal_sums * sums, uint8_t * restrict code, uint8_t * tile) {
+    const float L = (float) ((1 << bits) - 1);
+    const float h = 0.5f*L;
+    float * restrict inv  = vec;
+    float * restrict off  = vec + D;
+    float * restrict q    = vec + 2*D;
+    float * restrict zero = mid;
+
+    float t_max = 0.0f;
+    for (int t = 0; t < G; ++t) {
+        t_max = max_f32(t_max, tok[t]);
+    }
+    float c_max = 0.0f;
+    for (int d = 0; d < D; ++d) {
+        c_max = max_f32(c_max, max_f32(scale[d], max_f32(h*scale[d] - mid[d], mid[d] - h*scale[d])));
+    }
+    float f = 1.0f;                        // power of two moved from the token scales to scale and zero: the largest ends in (0.5, 1]
+    while (t_max > f) {
+        f *= 2.0f;
+    }
+    while (t_max <= 0.5f*f && t_max > TINY) {
+        f *= 0.5f;
+    }
+    while (c_max*rms*f > X_MAX) {          // unless scale or zero would leave f16
+        f *= 0.5f;
+    }
+    const float unit = rms*f;
+    for (int d = 0; d < D; ++d) {
+        scale[d] = f16_to_f32(f16_from_f32(scale[d]*unit));
+        zero [d] = f16_to_f32(f16_from_f32(fit_mid(sums, d, scale[d]/unit)*unit - h*scale[d]));
+        inv  [d] = reciprocal(scale[d]);
+        off  [d] = -zero[d]*inv[d];
+    }
+
+    t_max = 0.0f;
+    for (int t = 0; t < G; ++t) {
+        const float * restrict yt = y + t*D;
+        row_codes(D, L, yt, reciprocal(tok[t])*unit, inv, off, q);
+        float a[LANES] = { 0 };
+        float b[LANES] = { 0 };
+        float e[LANES] = { 0 };
+        for (int d = 0; d < D; d += LANES) {
+            for (int j = 0; j < LANES; ++j) {
+                const float c = q[d + j]*scale[d + j] + zero[d + j];
+                a[j] += yt[d + j]*c;
+                b[j] += c*c;
+                e[j] += yt[d + j]*yt[d + j];
+            }
+        }
+        for (int d = 0; d < D; ++d) {
+            code[t*D + d] = (uint8_t) (int) q[d];
+        }
+        const float yc = lanes_sum(a);
+        const float cc = lanes_sum(b);
+        const float yy = lanes_sum(e);
+        float r = yc > 0.0f && cc > 0.0f ? yc/cc : 0.0f;
+        if (side == KVARN_KEY && r > 0.0f && AGREE*yc*yc >= yy*cc) {
+            r = yy/yc;
+        }
+        tok[t] = r*rms;
+        t_max  = max_f32(t_max, tok[t]);
+    }
+
+    c_max = 0.0f;
+    for (int d = 0; d < D; ++d) {
+        c_max = max_f32(c_max, max_f32(scale[d], max_f32(zero[d], -zero[d])));
+    }
+    f = 1.0f;
+    while (t_max > f && 2.0f*f*c_max <= X_MAX) {
+        f *= 2.0f;
+    }
+    for (int d = 0; d < D; ++d) {
+        f16_store(tile + kvarn_scale_off(D, bits) + 2*d, f16_from_f32(scale[d]*f));
+        f16_store(tile + kvarn_zero_off (D, bits) + 2*d, f16_from_f32(zero [d]*f));
+    }
+    for (int t = 0; t < G; ++t) {
+        f16_store(tile + kvarn_token_off(D, bits) + 2*t, f16_from_f32(tok[t]/f));
+    }
+}
+
+// --- codes to bytes and back, one group of four contracted indices at a time: w[f] holds their codes for free index f, one per byte ---
+
+// where byte k of a word in memory lies inside its integer value
+KVARN_INLINE int byte_shift(int k) {
+    const uint32_t one = 1;
+    uint8_t first;
+    memcpy(&first, &one, 1);
+    return first ? 8*k : 24 - 8*k;
+}
+
+// Fields never cross a byte, so whole words can be shifted whatever the byte order of the machine.
+KVARN_INLINE void group_pack(int bits, int F, const uint32_t * restrict w, uint8_t * restrict group) {
+    const int X = bits == 3 ? F/8 : F*bits/8;
+    uint32_t out[3*KVARN_D_MAX/8];
+    if (bits == 2) {
+        for (int x = 0; x < X; ++x) {
+            out[x] = w[x] | w[x + X] << 2 | w[x + 2*X] << 4 | w[x + 3*X] << 6;
+        }
+    } else if (bits == 4) {
+        for (int x = 0; x < X; ++x) {
+            out[x] = w[x] | w[x + X] << 4;
+        }
+    } else {
+        for (int x = 0; x < X; ++x) {
+            const uint32_t c6 = w[x + 6*X];
+            const uint32_t c7 = w[x + 7*X];
+            out[x      ] = w[x      ] | w[x +   X] << 3 | (c6 & 0x06060606u) << 5;
+            out[x +   X] = w[x + 2*X] | w[x + 3*X] << 3 | (c6 & 0x01010101u) << 7 | (c7 & 0x04040404u) << 4;
+            out[x + 2*X] = w[x + 4*X] | w[x + 5*X] << 3 | (c7 & 0x03030303u) << 6;
+        }
+    }
+    memcpy(group, out, (size_t) (F*bits/2));
+}
+
+KVARN_INLINE void group_unpack(int bits, int F, const uint8_t * restrict group, uint32_t * restrict w) {
+    const int X = bits == 3 ? F/8 : F*bits/8;
+    uint32_t in[3*KVARN_D_MAX/8];
+    memcpy(in, group, (size_t) (F*bits/2));
+    if (bits == 2) {
+        for (int x = 0; x < X; ++x) {
+            w[x      ] = in[x]      & 0x03030303u;
+            w[x +   X] = in[x] >> 2 & 0x03030303u;
+            w[x + 2*X] = in[x] >> 4 & 0x03030303u;
+            w[x + 3*X] = in[x] >> 6 & 0x03030303u;
+        }
+    } else if (bits == 4) {
+        for (int x = 0; x < X; ++x) {
+            w[x    ] = in[x]      & 0x0f0f0f0fu;
+            w[x + X] = in[x] >> 4 & 0x0f0f0f0fu;
+        }
+    } else {
+        for (int x = 0; x < X; ++x) {
+            const uint32_t a = in[x];
+            const uint32_t b = in[x + X];
+            const uint32_t c = in[x + 2*X];
+            w[x      ] = a      & 0x07070707u;
+            w[x +   X] = a >> 3 & 0x07070707u;
+            w[x + 2*X] = b      & 0x07070707u;
+            w[x + 3*X] = b >> 3 & 0x07070707u;
+            w[x + 4*X] = c      & 0x07070707u;
+            w[x + 5*X] = c >> 3 & 0x07070707u;
+            w[x + 6*X] = (a >> 5 & 0x06060606u) | (b >> 7 & 0x01010101u);
+            w[x + 7*X] = (b >> 4 & 0x04040404u) | (c >> 6 & 0x03030303u);
+        }
+    }
+}
+
+// Step 6. code[t][d], one per byte, to the codes of the tile
+KVARN_INLINE void seal_pack(int side, int D, int bits, const uint8_t * restrict code, uint8_t * restrict tile) {
+    uint32_t w[KVARN_D_MAX];
+    if (side == KVARN_KEY) {
+        for (int R = 0; R < D/4; ++R) {
+            for (int t = 0; t < G; ++t) {
+                memcpy(w + t, code + t*D + 4*R, 4);
+            }
+            group_pack(bits, G, w, tile + R*(G*bits/2));
+        }
+    } else {
+        for (int R = 0; R < G/4; ++R) {
+            const uint8_t * restrict c = code + 4*R*D;
+            for (int d = 0; d < D; ++d) {
+                w[d] = (uint32_t) c[d] << byte_shift(0) | (uint32_t) c[d + D] << byte_shift(1) |
+                       (uint32_t) c[d + 2*D] << byte_shift(2) | (uint32_t) c[d + 3*D] << byte_shift(3);
+            }
+            group_pack(bits, D, w, tile + R*(D*bits/2));
+        }
+    }
+}
+
+// with bits constant the shifts and masks of a width become straight code
+KVARN_INLINE void seal(int side, int bits, int D, const float * x, uint8_t * tile, float * scratch) {
+    float   * y     = scratch;
+    float   * scale = y + G*D;
+    float   * mid   = scale + D;
+    float   * vec   = mid + D;
+    uint8_t * code  = (uint8_t *) (vec + 12*D);
+    float tok[G];
+
+    const float rms = seal_prepare(D, x, y, vec);
+    if (rms == 0.0f) {
+        memset(tile, 0, (size_t) kvarn_tile_size(D, bits));
+        return;
+    }
+    seal_sums sums;
+    seal_normalize(D, y, tok, vec);
+    seal_fit(D, bits, y, tok, scale, mid, vec, &sums);
+    seal_round(side, D, bits, rms, y, tok, scale, mid, vec, &sums, code, tile);
+    seal_pack(side, D, bits, code, tile);
+}
+
+int kvarn_format_version(void) { return KVARN_FORMAT_VERSION; }
+
+int kvarn_tile_bytes(int D, int bits) { return kvarn_is_valid(D, bits) ? kvarn_tile_size(D, bits) : 0; }
+
+int kvarn_seal_scratch(int D) { return G*D + 14*D + G*D/4; }
+
+KVARN_CLONES
+void kvarn_seal_ref(int side, int bits, int D, const float * x, uint8_t * tile, float * scratch) {
+    seal(side, bits, D, x, tile, scratch);
+}
+
+// --- unseal ---
+
+enum { CHUNK = 64 }; // channels whose codes are turned from one group of four to one token
+
+KVARN_INLINE void unseal(int side, int bits, int D, const uint8_t * restrict tile, float * restrict x) {
+    float scale[KVARN_D_MAX];
+    float zero [KVARN_D_MAX];
+    uint32_t w [KVARN_D_MAX];
+    const uint8_t * token = tile + kvarn_token_off(D, bits);
+    for (int d = 0; d < D; ++d) {
+        scale[d] = f16_load(tile + kvarn_scale_off(D, bits) + 2*d);
+        zero [d] = f16_load(tile + kvarn_zero_off (D, bits) + 2*d);
+    }
+    if (side == KVARN_KEY) {
+        uint8_t code[G*CHUNK];
+        for (int d0 = 0; d0 < D; d0 += CHUNK) {
+            const int n = D - d0 < CHUNK ? D - d0 : CHUNK;
+            for (int d = 0; d < n; d += 4) {
+                group_unpack(bits, G, tile + (d0 + d)/4*(G*bits/2), w);
+                for (int t = 0; t < G; ++t) {
+                    memcpy(code + t*CHUNK + d, w + t, 4);
+                }
+            }
+            for (int t = 0; t < G; ++t) {
+                const float tok = f16_load(token + 2*t);
+                for (int d = 0; d < n; ++d) {
+                    x[t*D + d0 + d] = ((float) code[t*CHUNK + d]*scale[d0 + d] + zero[d0 + d])*tok;
+                }
+            }
+        }
+    } else {
+        for (int R = 0; R < G/4; ++R) {
+            group_unpack(bits, D, tile + R*(D*bits/2), w);
+            for (int k = 0; k < 4; ++k) {
+                const int   t   = 4*R + k;
+                const float tok = f16_load(token + 2*t);
+                for (int d = 0; d < D; ++d) {
+                    x[t*D + d] = ((float) (int) (w[d] >> byte_shift(k) & 0xff)*scale[d] + zero[d])*tok;
+                }
+            }
+        }
+    }
+}
+
+KVARN_CLONES
+void kvarn_unseal_ref(int side, int bits, int D, const uint8_t * tile, float * x) {
+    unseal(side, bits, D, tile, x);
+}
+
+// --- attend ---
+
+static int code_at(int bits, int F, int r, int f, const uint8_t * tile) {
+    int code = 0;
+    for (int i = 0; i < bits; ++i) {
+        const int at = kvarn_code_bit(bits, F, r, f, i);
+        code |= (tile[at/8] >> at%8 & 1) << i;
+    }
+    return code;
+}
+
+// Codes are contracted as integers; scale, zero and token enter once per channel or token:
+//   score(t) = token[t]*(sum_d (q[d]*scale[d])*code(t,d) + sum_d q[d]*zero[d])
+//   out[d]   = scale[d]*(sum_t (p[t]*token[t])*code(t,d)) + zero[d]*sum_t p[t]*token[t]
+// The softmax is online over tiles: when a tile raises the maximum, what is summed so far is scaled down.
+void kvarn_attend_ref(int bits_k, int bits_v, int D, int n_q, int n_tiles, const float * q,
+                      const uint8_t * k, const uint8_t * v, float scale, float * out) {
+    double acc[KVARN_D_MAX];
+    double qs [KVARN_D_MAX];
+    double p  [G];
+    for (int iq = 0; iq < n_q; ++iq) {
+        double max = -INFINITY;
+        double sum = 0.0;
+        for (int d = 0; d < D; ++d) {
+            acc[d] = 0.0;
+        }
+        for (int i = 0; i < n_tiles; ++i) {
+            const uint8_t * kt = k + (size_t) i*(size_t) kvarn_tile_size(D, bits_k);
+            const uint8_t * vt = v + (size_t) i*(size_t) kvarn_tile_size(D, bits_v);
+            double qz = 0.0;
+            for (int d = 0; d < D; ++d) {
+                qs[d] = (double) q[iq*D + d]*(double) f16_load(kt + kvarn_scale_off(D, bits_k) + 2*d);
+                qz   += (double) q[iq*D + d]*(double) f16_load(kt + kvarn_zero_off (D, bits_k) + 2*d);
+            }
+            double tile_max = max;
+            for (int t = 0; t < G; ++t) {
+                double s = qz;
+                for (int d = 0; d < D; ++d) {
+                    s += qs[d]*code_at(bits_k, G, d, t, kt);
+                }
+                p[t] = s*(double) f16_load(kt + kvarn_token_off(D, bits_k) + 2*t)*(double) scale;
+                tile_max = p[t] > tile_max ? p[t] : tile_max;
+            }
+            const double shrink = exp(max - tile_max);
+            max  = tile_max;
+            sum *= shrink;
+            double pz = 0.0;
+            for (int t = 0; t < G; ++t) {
+                p[t]  = exp(p[t] - max);
+                sum  += p[t];
+                p[t] *= (double) f16_load(vt + kvarn_token_off(D, bits_v) + 2*t);
+                pz   += p[t];
+            }
+            for (int d = 0; d < D; ++d) {
+                double s = 0.0;
+                for (int t = 0; t < G; ++t) {
+                    s += p[t]*code_at(bits_v, D, t, d, vt);
+                }
+                acc[d] = acc[d]*shrink + s*(double) f16_load(vt + kvarn_scale_off(D, bits_v) + 2*d)
+                                       + pz*(double) f16_load(vt + kvarn_zero_off(D, bits_v) + 2*d);
+            }
+        }
+        for (int d = 0; d < D; ++d) {
+            out[iq*D + d] = sum > 0.0 ? (float) (acc[d]/sum) : 0.0f;
+        }
+    }
+}
