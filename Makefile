@@ -1,0 +1,62 @@
+# Two commands: `make demo` and `make test`. Both set everything up in .venv first; a second run only redoes what changed.
+# PYTHON picks the interpreter; CMAKE_ARGS reaches the build (CMAKE_ARGS="-DGGML_CUDA=on" make demo).
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := CMakeLists.txt pyproject.toml $(shell find ggml-kvarn python/kvarn -type f -not -path '*/__pycache__/*')
+
+.PHONY: demo test setup check-tools clean
+
+demo: .venv/installed
+	@$(BIN)/kvarn demo
+
+test: .venv/tests-installed
+	@$(BIN)/python -m pytest
+
+setup: .venv/installed
+
+# one line per missing tool, before anything is downloaded
+check-tools:
+	@missing=
+	need() { command -v "$$1" > /dev/null || { echo "missing: $$1; on Debian or Ubuntu: apt-get install $$2"; missing=1; }; }
+	need "$(PYTHON)" python3
+	need g++ g++
+	need cmake cmake
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 9))' || { echo "too old: $(PYTHON); Python 3.9 is needed"; missing=1; }
+	"$(PYTHON)" -c 'import venv, ensurepip' 2> /dev/null \
+		|| { echo "missing: the venv module of $(PYTHON); on Debian or Ubuntu: apt-get install python3-venv"; missing=1; }
+	[ -z "$$missing" ]
+
+# llama-cpp-python comes from the same archive as llama.cpp, without its own copy of the libraries. --no-cache-dir: pip must not
+# keep that wheel, a later plain install of llama-cpp-python would pick it up and find no library.
+.venv/tools: Makefile ggml-kvarn/upstream.txt | check-tools
+	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv .venv
+	echo "== python packages"
+	$(PIP) install -q -U pip
+	$(PIP) install -q "scikit-build-core>=0.10" ninja "cffi>=1.16" numpy "pytest>=8" gguf pyyaml ruff
+	archive="$$($(BIN)/python python/kvarn/upstream.py --sdist)"
+	echo "== llama-cpp-python, without libraries"
+	CMAKE_ARGS="-DLLAMA_BUILD=OFF" $(PIP) install -q --no-cache-dir --no-build-isolation "$$archive"
+	touch $@
+
+define build
+@echo "== llama.cpp with KVarN: the first build takes about ten minutes on two cores; everything it says goes to build/setup.log"
+mkdir -p build
+$(PIP) install -v --no-build-isolation --no-deps --force-reinstall $(1) . 2>&1 | $(BIN)/python -u python/kvarn/progress.py build/setup.log
+touch $@
+endef
+
+.venv/installed: .venv/tools $(SOURCES)
+	$(call build)
+
+.venv/tests-installed: .venv/tools $(SOURCES)
+	$(call build,--config-settings=cmake.define.KVARN_BUILD_TESTS=ON)
+	touch .venv/installed
+
+clean:
+	rm -rf .venv build
