@@ -15,7 +15,7 @@
 #if defined(__clang__)
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
-#pragma GCC optimize ("fp-contract=off")
+#pragma GCC optimize ("fp-contract=off", "no-math-errno", "no-trapping-math")
 #elif defined(_MSC_VER)
 #pragma fp_contract (off)
 #endif
@@ -38,16 +38,13 @@
 #define LANES 16
 
 enum {
-    SWEEPS     = 4, // normalization sweeps, each gives token scales and then channel scales
     CANDIDATES = 3, // ranges tried per channel
     ROUNDS     = 2, // alternating least-squares rounds
 };
 
 static const float X_MAX     = 65504.0f;       // largest finite f16
 static const float RMS_MIN   = 0x1p-40f;       // a tile below this is all zero
-static const float STD_MIN   = 0.74081822f;    // exp(-0.3): the paper's floor of a scale
-static const float STD_MAX   = 22026.466f;     // exp(10)
-static const float SIDE_MIN  = 1e-8f;          // smallest std that counts in the imbalance
+static const float STD_MIN   = 0x1p-10f;       // floor of a token or channel scale, in units of the tile's rms
 static const float TINY      = 0x1p-60f;       // steps and token scales below this count as 0
 static const float FIT_MIN   = 1e-5f;          // share of its second moment below which a variance is rounding noise
 static const float AGREE     = 2.0f;           // keys: x.x/x.c only where cos^2 of x and c is at least 1/2
@@ -108,15 +105,39 @@ KVARN_INLINE float f16_load(const uint8_t * p) {
 KVARN_INLINE float max_f32(float a, float b) { return a > b ? a : b; }
 KVARN_INLINE float min_f32(float a, float b) { return a < b ? a : b; }
 
-// sum of 16 lanes in the fixed order
-KVARN_INLINE float lanes_sum(float * a) {
-    for (int n = LANES/2; n > 0; n /= 2) {
-        for (int j = 0; j < n; ++j) {
-            a[j] += a[j + n];
+// sum of a[d]*b[d] over the channels
+#if defined(__GNUC__)
+typedef float f32x4 __attribute__((vector_size(16), aligned(4), may_alias));
+
+KVARN_INLINE float row_dot(int D, const float * a, const float * b) {
+    f32x4 s0 = { 0 }, s1 = { 0 }, s2 = { 0 }, s3 = { 0 };
+    for (int d = 0; d < D; d += LANES) {
+        const f32x4 * va = (const f32x4 *) (a + d);
+        const f32x4 * vb = (const f32x4 *) (b + d);
+        s0 += va[0]*vb[0];
+        s1 += va[1]*vb[1];
+        s2 += va[2]*vb[2];
+        s3 += va[3]*vb[3];
+    }
+    s0 = (s0 + s2) + (s1 + s3);
+    return (s0[0] + s0[2]) + (s0[1] + s0[3]);
+}
+#else
+KVARN_INLINE float row_dot(int D, const float * a, const float * b) {
+    float s[LANES] = { 0 };
+    for (int d = 0; d < D; d += LANES) {
+        for (int j = 0; j < LANES; ++j) {
+            s[j] += a[d + j]*b[d + j];
         }
     }
-    return a[0];
+    for (int n = LANES/2; n > 0; n /= 2) {
+        for (int j = 0; j < n; ++j) {
+            s[j] += s[j + n];
+        }
+    }
+    return s[0];
 }
+#endif
 
 // sample variance of n values from their sum and sum of squares
 KVARN_INLINE float variance(float sum, float sum2, float n) {
@@ -125,26 +146,30 @@ KVARN_INLINE float variance(float sum, float sum2, float n) {
 
 // --- seal ---
 
+// NaN as 0, the rest clamped to what f16 holds; on the bits, where a compiler needs no branches
+KVARN_INLINE float sanitized(float v) {
+    uint32_t u;
+    memcpy(&u, &v, sizeof(u));
+    const uint32_t sign = u & 0x80000000u;
+    u &= 0x7fffffffu;
+    u  = u > 0x7f800000u ? 0 : u;
+    u  = u > 0x477fe000u ? 0x477fe000u : u;
+    u |= sign;
+    memcpy(&v, &u, sizeof(v));
+    return v;
+}
+
 // Step 1. y = x/rms with NaN as 0 and the rest clamped; returns rms, or 0 for a tile that counts as zero.
-KVARN_INLINE float seal_prepare(int D, const float * restrict x, float * restrict y, float * restrict sum2) {
+KVARN_INLINE float seal_prepare(int D, const float * restrict x, float * restrict y, const float * restrict one, float * restrict sum2) {
     memset(sum2, 0, (size_t) D*sizeof(float));
     for (int t = 0; t < G; ++t) {
         for (int d = 0; d < D; ++d) {
-            float v = x[t*D + d];
-            v = v == v ? v : 0.0f;
-            v = v < X_MAX ? v : X_MAX;
-            v = v > -X_MAX ? v : -X_MAX;
+            const float v = sanitized(x[t*D + d]);
             y[t*D + d] = v;
             sum2[d] += v*v;
         }
     }
-    float a[LANES] = { 0 };
-    for (int d = 0; d < D; d += LANES) {
-        for (int j = 0; j < LANES; ++j) {
-            a[j] += sum2[d + j];
-        }
-    }
-    const float rms = sqrtf(lanes_sum(a)/(float) (G*D));
+    const float rms = sqrtf(row_dot(D, sum2, one)/(float) (G*D));
     if (!(rms >= RMS_MIN)) {
         return 0.0f;
     }
@@ -155,84 +180,41 @@ KVARN_INLINE float seal_prepare(int D, const float * restrict x, float * restric
     return rms;
 }
 
-// Step 2. Variance normalization: token scales tok such that y[t][d]/tok[t] has tokens of equal spread once its channels have.
-// One sweep gives the token scales for the channel scales so far, then the channel scales for these token scales.
-// The best balanced pair is kept, (1, 1) included. The channel scales are needed no further: scale and zero absorb them.
-KVARN_INLINE void seal_normalize(int D, const float * restrict y, float * restrict tok, float * restrict vec) {
+// Step 2. Variance normalization: token scales tok such that in y[t][d]/tok[t]/channel scale all tokens and channels have the same spread.
+// Token scales for no channel scale, channel scales for these, token scales for those. The channel scales end here: scale and zero absorb them.
+KVARN_INLINE void seal_normalize(int D, const float * restrict y, const float * restrict one, float * restrict tok, float * restrict vec) {
     float * restrict rc   = vec;           // 1/channel scale
-    float * restrict ref  = vec + D;       // about the channel's mean: keeps the sums of squares small
-    float * restrict sum  = vec + 2*D;
-    float * restrict sum2 = vec + 3*D;
-    float cur[G];
-
-    memset(sum,  0, (size_t) D*sizeof(float));
-    memset(sum2, 0, (size_t) D*sizeof(float));
+    float * restrict v    = vec + D;
+    float * restrict ref  = vec + 2*D;     // about the channel's mean: keeps the sums of squares small
+    float * restrict sum  = vec + 3*D;
+    float * restrict sum2 = vec + 4*D;
+    memset(ref, 0, (size_t) (3*D)*sizeof(float));
     for (int t = 0; t < G; ++t) {
         for (int d = 0; d < D; ++d) {
-            sum [d] += y[t*D + d];
-            sum2[d] += y[t*D + d]*y[t*D + d];
+            ref[d] += y[t*D + d];
         }
     }
-    float c_max = 0.0f;
-    float c_min = STD_MAX;
     for (int d = 0; d < D; ++d) {
-        const float s = sqrtf(variance(sum[d], sum2[d], G));
-        c_max  = max_f32(c_max, s);
-        c_min  = min_f32(c_min, s);
-        ref[d] = sum[d]/(float) G;
-        rc [d] = 1.0f;
+        ref[d] /= (float) G;
     }
-    float best = c_max/max_f32(c_min, SIDE_MIN);
-
     for (int t = 0; t < G; ++t) {
-        tok[t] = 1.0f;
-    }
-    for (int k = 0; k < SWEEPS; ++k) {
-        float t_max = 0.0f, t_min = STD_MAX;               // of the token std, before and after this sweep's token scale
-        float u_max = 0.0f, u_min = STD_MAX;
-        memset(sum,  0, (size_t) D*sizeof(float));
-        memset(sum2, 0, (size_t) D*sizeof(float));
-        for (int t = 0; t < G; ++t) {
-            const float * restrict yt = y + t*D;
-            float a[LANES] = { 0 };
-            float b[LANES] = { 0 };
-            for (int d = 0; d < D; d += LANES) {
-                for (int j = 0; j < LANES; ++j) {
-                    const float v = yt[d + j]*rc[d + j];
-                    a[j] += v;
-                    b[j] += v*v;
-                }
-            }
-            const float s = sqrtf(variance(lanes_sum(a), lanes_sum(b), (float) D));
-            cur[t] = min_f32(max_f32(s, STD_MIN), STD_MAX);
-            const float r = 1.0f/cur[t];
-            t_max = max_f32(t_max, s);
-            t_min = min_f32(t_min, s);
-            u_max = max_f32(u_max, s*r);
-            u_min = min_f32(u_min, s*r);
-            for (int d = 0; d < D; ++d) {
-                const float v = yt[d]*r - ref[d];
-                sum [d] += v;
-                sum2[d] += v*v;
-            }
-        }
-        c_max = 0.0f;
-        c_min = STD_MAX;
+        const float * restrict yt = y + t*D;
+        tok[t] = max_f32(sqrtf(variance(row_dot(D, yt, one), row_dot(D, yt, yt), (float) D)), STD_MIN);
+        const float r = 1.0f/tok[t];
         for (int d = 0; d < D; ++d) {
-            const float s = sqrtf(variance(sum[d], sum2[d], G));
-            c_max   = max_f32(c_max, s*rc[d]);
-            c_min   = min_f32(c_min, s*rc[d]);
-            rc [d]  = 1.0f/min_f32(max_f32(s, STD_MIN), STD_MAX);
-            ref[d] += sum[d]/(float) G;
+            const float c = yt[d]*r - ref[d];
+            sum [d] += c;
+            sum2[d] += c*c;
         }
-        if (k == 0) {
-            best += t_max/max_f32(t_min, SIDE_MIN);
+    }
+    for (int d = 0; d < D; ++d) {
+        rc[d] = 1.0f/max_f32(sqrtf(variance(sum[d], sum2[d], G)), STD_MIN);
+    }
+    for (int t = 0; t < G; ++t) {
+        for (int d = 0; d < D; ++d) {
+            v[d] = y[t*D + d]*rc[d];
         }
-        const float imbalance = c_max/max_f32(c_min, SIDE_MIN) + u_max/max_f32(u_min, SIDE_MIN);
-        if (imbalance <= best) {
-            best = imbalance;
-            memcpy(tok, cur, sizeof(cur));
-        }
+        tok[t] = max_f32(sqrtf(variance(row_dot(D, v, one), row_dot(D, v, v), (float) D)), STD_MIN);
     }
 }
 
@@ -269,6 +251,7 @@ KVARN_INLINE void seal_walk(int D, float L, int refit, const float * restrict y,
     float * restrict cw  = vec + 4*D;
     float * restrict cy  = vec + 5*D;
     float * restrict wy  = vec + 6*D;
+    float * restrict v   = vec + 7*D;
     const float h = 0.5f*L;
     for (int d = 0; d < D; ++d) {
         inv[d] = reciprocal(scale[d]);
@@ -280,17 +263,11 @@ KVARN_INLINE void seal_walk(int D, float L, int refit, const float * restrict y,
         const float * restrict yt = y + t*D;
         row_codes(D, L, yt, reciprocal(tok[t]), inv, off, q);
         if (refit) {
-            float a[LANES] = { 0 };
-            float b[LANES] = { 0 };
-            for (int d = 0; d < D; d += LANES) {
-                for (int j = 0; j < LANES; ++j) {
-                    const float c = (q[d + j] - h)*scale[d + j] + mid[d + j];
-                    a[j] += yt[d + j]*c;
-                    b[j] += c*c;
-                }
+            for (int d = 0; d < D; ++d) {
+                v[d] = (q[d] - h)*scale[d] + mid[d];
             }
-            const float yc = lanes_sum(a);
-            const float c2 = lanes_sum(b);
+            const float yc = row_dot(D, yt, v);
+            const float c2 = row_dot(D, v, v);
             tok[t] = yc > 0.0f && c2 > 0.0f ? yc/c2 : 0.0f;
         }
         const float w = tok[t];
@@ -387,6 +364,7 @@ KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float *
     float * restrict inv  = vec;
     float * restrict off  = vec + D;
     float * restrict q    = vec + 2*D;
+    float * restrict v    = vec + 3*D;
     float * restrict zero = mid;
 
     float t_max = 0.0f;
@@ -419,23 +397,13 @@ KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float *
     for (int t = 0; t < G; ++t) {
         const float * restrict yt = y + t*D;
         row_codes(D, L, yt, reciprocal(tok[t])*unit, inv, off, q);
-        float a[LANES] = { 0 };
-        float b[LANES] = { 0 };
-        float e[LANES] = { 0 };
-        for (int d = 0; d < D; d += LANES) {
-            for (int j = 0; j < LANES; ++j) {
-                const float c = q[d + j]*scale[d + j] + zero[d + j];
-                a[j] += yt[d + j]*c;
-                b[j] += c*c;
-                e[j] += yt[d + j]*yt[d + j];
-            }
-        }
         for (int d = 0; d < D; ++d) {
+            v[d] = q[d]*scale[d] + zero[d];
             code[t*D + d] = (uint8_t) (int) q[d];
         }
-        const float yc = lanes_sum(a);
-        const float cc = lanes_sum(b);
-        const float yy = lanes_sum(e);
+        const float yc = row_dot(D, yt, v);
+        const float cc = row_dot(D, v, v);
+        const float yy = row_dot(D, yt, yt);
         float r = yc > 0.0f && cc > 0.0f ? yc/cc : 0.0f;
         if (side == KVARN_KEY && r > 0.0f && AGREE*yc*yc >= yy*cc) {
             r = yy/yc;
@@ -555,17 +523,21 @@ KVARN_INLINE void seal(int side, int bits, int D, const float * x, uint8_t * til
     float   * y     = scratch;
     float   * scale = y + G*D;
     float   * mid   = scale + D;
-    float   * vec   = mid + D;
-    uint8_t * code  = (uint8_t *) (vec + 12*D);
+    float   * one   = mid + D;
+    float   * vec   = one + D;
+    uint8_t * code  = (uint8_t *) (vec + 13*D);
     float tok[G];
 
-    const float rms = seal_prepare(D, x, y, vec);
+    for (int d = 0; d < D; ++d) {
+        one[d] = 1.0f;
+    }
+    const float rms = seal_prepare(D, x, y, one, vec);
     if (rms == 0.0f) {
         memset(tile, 0, (size_t) kvarn_tile_size(D, bits));
         return;
     }
     seal_sums sums;
-    seal_normalize(D, y, tok, vec);
+    seal_normalize(D, y, one, tok, vec);
     seal_fit(D, bits, y, tok, scale, mid, vec, &sums);
     seal_round(side, D, bits, rms, y, tok, scale, mid, vec, &sums, code, tile);
     seal_pack(side, D, bits, code, tile);
@@ -575,7 +547,7 @@ int kvarn_format_version(void) { return KVARN_FORMAT_VERSION; }
 
 int kvarn_tile_bytes(int D, int bits) { return kvarn_is_valid(D, bits) ? kvarn_tile_size(D, bits) : 0; }
 
-int kvarn_seal_scratch(int D) { return G*D + 14*D + G*D/4; }
+int kvarn_seal_scratch(int D) { return G*D + 16*D + G*D/4; }
 
 KVARN_CLONES
 void kvarn_seal_ref(int side, int bits, int D, const float * x, uint8_t * tile, float * scratch) {
