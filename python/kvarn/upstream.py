@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,6 +127,7 @@ def is_wanted(path: str) -> bool:
 
 
 def unpack(archive: Path, tree: Path) -> None:
+    now = int(time.time())
     with tarfile.open(archive) as tar:
         members = []
         for member in tar:
@@ -135,6 +137,7 @@ def unpack(archive: Path, tree: Path) -> None:
                 if ".." in parts or Path(path).is_absolute():
                     raise Failure(f"{archive} holds the unsafe path {member.name}")
                 member.name = path
+                member.mtime = now  # a new pin must look newer than what an old one was built into
                 members.append(member)
         if hasattr(tarfile, "data_filter"):
             tar.extractall(tree, members, filter="data")
@@ -168,7 +171,7 @@ def copy_tree(origin: Path, tree: Path) -> None:
         name = path.relative_to(origin).as_posix()
         if is_wanted(name) and path.is_file() and ".git" not in path.parts:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, tree / name)
+            shutil.copy(path, tree / name)
 
 
 def prepare(tree: Path, pin: Pin, origin: "Path | None" = None) -> None:

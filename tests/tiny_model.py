@@ -1,0 +1,96 @@
+"""tiny_model.py - writes random-weight GGUF models in a fraction of a second: any head size, grouped queries, a byte tokenizer.
+
+    python tests/tiny_model.py out.gguf [arch] [head_dim]
+
+The output matrix is not tied to the embedding: with tied random weights a model repeats its last token and attention has no say.
+
+SPDX-License-Identifier: MIT
+"""
+
+import sys
+
+import gguf
+import numpy as np
+
+ARCHS = ("llama", "qwen3", "gemma3")
+
+
+def byte_vocabulary():
+    """260 tokens in sentencepiece's manner: three control tokens, the 256 bytes, and its space."""
+    tokens = [b"<unk>", b"<s>", b"</s>"] + [f"<0x{byte:02X}>".encode() for byte in range(256)] + ["\u2581".encode()]
+    types = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL]*2 + [gguf.TokenType.BYTE]*256 + [gguf.TokenType.NORMAL]
+    return tokens, types, [0.0]*len(tokens)
+
+
+def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_head: int = 4, n_head_kv: int = 2, n_embd: int = 64,
+          n_ff: int = 128, n_ctx: int = 131072, window: int = 256, loud: float = 0.0, seed: int = 1):
+    """Writes a model to path and returns path.
+
+    window  sliding window of the odd layers (gemma3 only)
+    loud    adds this to a few channels of the keys, as real models have them
+    """
+    rng = np.random.default_rng(seed)
+    tokens, types, scores = byte_vocabulary()
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_name(f"tiny-{arch}-{head_dim}")
+    writer.add_context_length(n_ctx)
+    writer.add_embedding_length(n_embd)
+    writer.add_block_count(n_layer)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_head_count(n_head)
+    writer.add_head_count_kv(n_head_kv)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
+    writer.add_layer_norm_rms_eps(1e-6)
+    if arch == "gemma3":
+        writer.add_sliding_window(window)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_scores(scores)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(True)
+
+    def matrix(name, rows, columns, gain=1.0):
+        weights = rng.standard_normal((rows, columns))*gain/np.sqrt(columns)
+        writer.add_tensor(name + ".weight", weights.astype(np.float16))
+        return weights
+
+    def ones(name, size):
+        writer.add_tensor(name + ".weight", np.ones(size, np.float32))
+
+    matrix("token_embd", len(tokens), n_embd, gain=np.sqrt(n_embd))
+    matrix("output", len(tokens), n_embd, gain=3.0)
+    ones("output_norm", n_embd)
+    for layer in range(n_layer):
+        block = f"blk.{layer}."
+        for norm in ("attn_norm", "ffn_norm"):
+            ones(block + norm, n_embd)
+        if arch == "gemma3":
+            for norm in ("post_attention_norm", "post_ffw_norm"):
+                ones(block + norm, n_embd)
+        if arch in ("qwen3", "gemma3"):
+            for norm in ("attn_q_norm", "attn_k_norm"):
+                ones(block + norm, head_dim)
+        matrix(block + "attn_q", n_head*head_dim, n_embd, gain=2.0)
+        keys = rng.standard_normal((n_head_kv*head_dim, n_embd))*2/np.sqrt(n_embd)
+        keys[::head_dim//4] *= 1 + loud
+        writer.add_tensor(block + "attn_k.weight", keys.astype(np.float16))
+        matrix(block + "attn_v", n_head_kv*head_dim, n_embd, gain=2.0)
+        matrix(block + "attn_output", n_embd, n_head*head_dim)
+        matrix(block + "ffn_gate", n_ff, n_embd)
+        matrix(block + "ffn_up", n_ff, n_embd)
+        matrix(block + "ffn_down", n_embd, n_ff)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+if __name__ == "__main__":
+    write(sys.argv[1], *sys.argv[2:3], *map(int, sys.argv[3:4]))
