@@ -1,0 +1,82 @@
+// kvarn-cache-graph.cpp - the graph nodes of a kvarn cache, and the plan that is their input.
+//
+// SPDX-License-Identifier: MIT
+
+#include "kvarn-cache.h"
+
+#include "llama-impl.h"
+
+#include <algorithm>
+
+ggml_tensor * llama_kvarn::build_plan(ggml_context * ctx, const llama_ubatch & ubatch) {
+    // its length may depend only on what decides whether a graph is reused: tokens, sequences, streams
+    plan_seal = n_seal(ubatch);
+    plan      = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, ubatch.n_tokens + 2*plan_seal + n_tiles*kv.n_stream);
+    plan_rows = ggml_view_1d(ctx, plan, ubatch.n_tokens, 0); // one view for all layers: each would be copied to the device
+    return plan;
+}
+
+static kvarn_shape kvarn_with_plan(kvarn_shape shape, const ggml_tensor * rows, uint32_t n_seal) {
+    shape.n_rows = rows->ne[0];
+    shape.n_seal = n_seal;
+    return shape;
+}
+
+ggml_tensor * llama_kvarn::build_store(ggml_context * ctx, int side, int32_t ikv, ggml_tensor * cur, ggml_tensor * rows) const {
+    const auto & layer = layers[side][ikv];
+
+    ggml_tensor * tail = ggml_set_rows(ctx, layer.tail, cur, rows);
+
+    return ggml_kvarn_seal(ctx, layer.tiles, tail, plan, kvarn_with_plan(layer.shape, plan_rows, plan_seal));
+}
+
+ggml_tensor * llama_kvarn::build_get(ggml_context * ctx, int side, int32_t ikv, uint32_t n_kv, const slot_info & sinfo) const {
+    const auto & layer = layers[side][ikv];
+
+    return ggml_kvarn_get(ctx, layer.tiles, layer.tail, plan, kvarn_with_plan(layer.shape, plan_rows, plan_seal),
+            n_kv, sinfo.s0, sinfo.s1 - sinfo.s0 + 1);
+}
+
+ggml_tensor * llama_kvarn::build_rot(ggml_context * ctx, int side) const {
+    return n_rot[side] ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rot[side], n_rot[side]) : nullptr;
+}
+
+void llama_kvarn::set_input_rows(int64_t * data, const slot_info & sinfo) const {
+    for (uint32_t s = 0; s < sinfo.n_stream(); ++s) {
+        for (uint32_t i = 0; i < sinfo.size(); ++i) {
+            const uint32_t cell = sinfo.idxs[s][i];
+            const int64_t  slot = tiles[tile_index(sinfo.strm[s], cell)].slot;
+            GGML_ASSERT(slot >= 0);
+            *data++ = slot*KVARN_G + cell%KVARN_G;
+        }
+    }
+}
+
+void llama_kvarn::set_input_plan(int64_t * data, const llama_ubatch & ubatch, const slot_info & sinfo) const {
+    if (has(KVARN_VALUE)) {
+        set_input_rows(data, sinfo);
+    }
+
+    int64_t * seal = data + ubatch.n_tokens;
+    int64_t * map  = seal + 2*n_seal(ubatch);
+
+    std::fill(seal, map, -1);
+    for (uint32_t tile : seal_list) {
+        *seal++ = tiles[tile].slot;
+        *seal++ = tile;
+    }
+
+    for (uint32_t tile = 0; tile < tiles.size(); ++tile) {
+        switch (tiles[tile].state) {
+            case FREE: map[tile] = KVARN_MAP_EMPTY;  break;
+            case OPEN: map[tile] = tiles[tile].slot; break;
+            default:   map[tile] = KVARN_MAP_SEALED; break;
+        }
+    }
+    if (!is_strict) {
+        // the tokens of a ubatch see each other exactly, also where it fills a tile
+        for (uint32_t tile : seal_list) {
+            map[tile] = tiles[tile].slot;
+        }
+    }
+}

@@ -1,0 +1,93 @@
+// kvarn-graph.h - GGML_OP_KVARN: builders of its graph nodes and the shapes they take.
+// The only ggml header of kvarn; included by the llama cache, by the backends' glue and by the patched call sites.
+//
+// SPDX-License-Identifier: MIT
+//
+// No tensor has the type GGML_TYPE_KVARN2/3/4: these ids only select a cache. What a cache side (keys or values) stores, per layer:
+//
+//   tiles  I8  [kvarn_tile_size(D, bits)*H, n_tiles, n_stream]   sealed tiles, the H heads of one tile side by side
+//   tail   F16 [D*H, G*n_slots]                                  slots of G rows: tokens whose tile is not sealed, or only just
+//
+// The plan is an I64 input that the host fills for every ubatch, so that one graph serves them all:
+//
+//   | rows[n_rows]          | seal[n_seal][2]                     | map[n_stream][n_tiles]                                    |
+//   | tail row of a token   | (slot, tile), slot -1: nothing      | KVARN_MAP_SEALED, KVARN_MAP_EMPTY or the slot of the tile |
+
+#ifndef KVARN_GRAPH_H
+#define KVARN_GRAPH_H
+
+#include "ggml.h"
+#include "kvarn.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KVARN_MAP_SEALED (-1) // read the tile
+#define KVARN_MAP_EMPTY  (-2) // no token in it: zeros
+
+// A tile of this "width" keeps its f16 rows, scrambled: what the cache does around the quantizer can then be tested to the last bit.
+#define KVARN_BITS_EXACT 16
+
+enum kvarn_op {
+    KVARN_OP_SEAL, // tail rows -> tiles
+    KVARN_OP_GET,  // tiles and tail rows -> F16
+};
+
+// one side of a layer's cache and the plan's partition
+struct kvarn_shape {
+    int32_t side;    // KVARN_KEY or KVARN_VALUE
+    int32_t bits;    // 2, 3, 4 or KVARN_BITS_EXACT
+    int32_t D;       // channels per head
+    int32_t H;       // KV heads
+    int32_t n_rows;  // entries of the plan before the seal list
+    int32_t n_seal;  // pairs in the seal list
+    int32_t n_tiles; // tiles per stream
+};
+
+// code width of a cache type: 2, 3, 4; 0 for any other type
+GGML_API int kvarn_type_bits(enum ggml_type type);
+
+// Seals the tiles listed in the plan. Returns a view of tiles, so that later nodes can depend on it.
+//   tail  the written tail: pass the result of ggml_set_rows, so that the rows are there
+GGML_API struct ggml_tensor * ggml_kvarn_seal(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * tiles,
+        struct ggml_tensor  * tail,
+        struct ggml_tensor  * plan,
+        struct kvarn_shape    shape);
+
+// The first n_kv tokens of streams s0 .. s0+ns-1 as F16 [D, H, n_kv, ns]; n_kv is a multiple of G.
+GGML_API struct ggml_tensor * ggml_kvarn_get(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * tiles,
+        struct ggml_tensor  * tail,
+        struct ggml_tensor  * plan,
+        struct kvarn_shape    shape,
+        int64_t               n_kv,
+        int64_t               s0,
+        int64_t               ns);
+
+// what a node's op_params hold
+GGML_API enum kvarn_op      ggml_kvarn_get_op   (const struct ggml_tensor * node);
+GGML_API struct kvarn_shape ggml_kvarn_get_shape(const struct ggml_tensor * node);
+GGML_API int64_t            ggml_kvarn_get_s0   (const struct ggml_tensor * node);
+
+// One head's G rows of a tail slot (rows D*H apart) to one tile and back. scratch: G*D + kvarn_seal_scratch(D) floats.
+// The conversion is the caller's: the CPU backend has fast ones.
+typedef void (*kvarn_to_f32_t)(const ggml_fp16_t * x, float * y, int64_t n);
+typedef void (*kvarn_to_f16_t)(const float * x, ggml_fp16_t * y, int64_t n);
+
+GGML_API void kvarn_seal_rows  (const struct kvarn_shape * shape, const ggml_fp16_t * rows, uint8_t * tile, float * scratch, kvarn_to_f32_t to_f32);
+GGML_API void kvarn_unseal_rows(const struct kvarn_shape * shape, const uint8_t * tile, ggml_fp16_t * rows, float * scratch, kvarn_to_f16_t to_f16);
+
+// CPU backend: called from the hooks in ggml-cpu.c
+struct ggml_compute_params;
+size_t ggml_kvarn_work_size(const struct ggml_tensor * node, int n_tasks);
+void   ggml_compute_forward_kvarn(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
