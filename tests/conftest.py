@@ -1,0 +1,90 @@
+"""conftest.py - what the tests share: where the installed libraries and tools are, tiny models, and skips that say why.
+
+The tests run against the installed package, not against the checkout. KVARN_LIB_PATH (a build's bin folder) points them elsewhere.
+
+SPDX-License-Identifier: MIT
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def why_no_llama() -> str:
+    if importlib.util.find_spec("llama_cpp") is None:
+        return "llama-cpp-python is not installed: `make test` sets everything up"
+    try:
+        import kvarn
+
+        kvarn.lib_path()
+    except ImportError as error:
+        return str(error)
+    return ""
+
+
+def upstream_bin() -> "Path | None":
+    """Folder of upstream's test programs: KVARN_TEST_BIN, or the newest build that has them."""
+    if os.environ.get("KVARN_TEST_BIN"):
+        return Path(os.environ["KVARN_TEST_BIN"])
+    found = [path.parent for path in ROOT.glob("build/**/bin/test-backend-ops")]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def pytest_collection_modifyitems(items):
+    no_llama, no_upstream = why_no_llama(), upstream_bin() is None
+    for item in items:
+        if no_llama and (item.get_closest_marker("llama") or item.get_closest_marker("tools")):
+            item.add_marker(pytest.mark.skip(reason=no_llama))
+        if no_upstream and item.get_closest_marker("upstream"):
+            item.add_marker(pytest.mark.skip(reason="upstream's tests are not built: `make test`, or -DKVARN_BUILD_TESTS=ON"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def lib_dir() -> Path:
+    """The patched libraries."""
+    import kvarn
+
+    return kvarn.lib_path()
+
+
+@pytest.fixture(scope="session")
+def bin_dir() -> Path:
+    """llama-cli and its kin."""
+    import kvarn
+
+    return kvarn.bin_path()
+
+
+@pytest.fixture(scope="session")
+def test_bin_dir() -> Path:
+    """Upstream's test programs."""
+    return upstream_bin()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny("llama", 128, ...) -> path of a generated model; made once per set of arguments."""
+    import tiny_model
+
+    folder, made = tmp_path_factory.mktemp("models"), {}
+
+    def make(arch: str = "llama", head_dim: int = 128, **settings) -> str:
+        key = (arch, head_dim, *sorted(settings.items()))
+        if key not in made:
+            name = "-".join(str(part).replace("'", "").strip("()").replace(", ", "=") for part in key)
+            made[key] = str(tiny_model.write(folder / f"{name}.gguf", arch, head_dim, **settings))
+        return made[key]
+
+    return make
