@@ -1,6 +1,6 @@
 """conftest.py - what the tests share: where the installed libraries and tools are, tiny models, and skips that say why.
 
-The tests run against the installed package, not against the checkout. KVARN_LIB_PATH (a build's bin folder) points them elsewhere.
+The tests run against the installed package, not the checkout. KVARN_LIB_PATH (a build's bin folder) points them elsewhere.
 
 SPDX-License-Identifier: MIT
 """

@@ -1,7 +1,7 @@
 """kvarn demo: the same problems decoded with four caches, side by side.
 
-Every problem asks for a long chain of steps that keep looking things up in the context, so a cache that loses something shows it in
-the answers. Decoding is greedy; all caches see the same prompts. With --model, a GGUF file of your own continues one prompt
+Every problem asks for a long chain of steps that keep looking things up in the context, so a cache that loses something shows it
+in the answers. Decoding is greedy; all caches see the same prompts. With --model, a GGUF file of your own continues one prompt
 instead, and every cache is compared with what f16 wrote.
 
 SPDX-License-Identifier: MIT
@@ -18,8 +18,8 @@ from .progress import Bar
 CACHES = ("f16", "q4_0", "kvarn4/kvarn2", "kvarn2")
 SEED = 20261
 N_BATCH = 512
-PROMPT = """Here is a list of twelve cities with the number of visitors each had last year, in no order. First sort the list, then add
-the numbers up one by one and show every sum, then say which city lies in the middle.
+PROMPT = """Here is a list of twelve cities with the number of visitors each had last year, in no order. First sort the list, then
+add the numbers up one by one and show every sum, then say which city lies in the middle.
 
 Lisbon 612, Oslo 207, Turin 388, Ghent 145, Porto 431, Lyon 520, Graz 173, Bergen 96, Malmo 254, Seville 467, Brno 118, Leeds 339
 
@@ -51,7 +51,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--model", metavar="FILE", help="your own GGUF instead of the embedded model")
     parser.add_argument("--prompt", default=PROMPT, help="with --model: the text to continue")
     parser.add_argument("--tokens", type=int, default=256, help="with --model: how many tokens to decode (default 256)")
-    parser.add_argument("--caches", default=",".join(CACHES), help="kv types to compare, the first is the reference (default %(default)s)")
+    parser.add_argument("--caches", default=",".join(CACHES), help="kv types, the first is the reference (default %(default)s)")
     parser.add_argument("--threads", type=int, default=n_cores(), help="default %(default)s")
 
 

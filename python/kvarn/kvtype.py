@@ -17,12 +17,13 @@ def parse(kv_type: str) -> "tuple[str, str]":
     if not isinstance(kv_type, str):
         raise ValueError(f"kv_type is a name, not {kv_type!r}; for ids use type_k and type_v")
     text = PRESETS.get(kv_type.strip().lower(), kv_type.strip().lower())
-    keys, _, values = text.partition("/")
-    for name in (keys, values or keys):
+    keys, slash, values = text.partition("/")
+    values = values if slash else keys
+    for name in (keys, values):
         if name not in NAMES:
             raise ValueError(f"unknown kv_type '{kv_type}': use kvarn (= kvarn4/kvarn2), one of {', '.join(NAMES)}, "
                              "or two of them as KEYS/VALUES")
-    return keys, values or keys
+    return keys, values
 
 
 def is_kvarn(*names: "str | None") -> bool:

@@ -20,10 +20,11 @@ import llama_cpp  # noqa: E402
 
 from .log import CapturedLog  # noqa: E402
 
-MIB = 1024*1024
 _NUMBER = r"\s*([\d.]+)"
-_SIZE = re.compile(rf"size ={_NUMBER} MiB \({_NUMBER} cells,{_NUMBER} layers.*K \((\w+)\):{_NUMBER} MiB, V \((\w+)\):{_NUMBER} MiB")
-_SIDE = re.compile(rf"kvarn: (keys|values) (\w+):{_NUMBER} bits per value,{_NUMBER} tiles of{_NUMBER} tokens per stream \({_NUMBER} asked")
+_SIZE = re.compile(rf"size ={_NUMBER} MiB \({_NUMBER} cells,{_NUMBER} layers.*"
+                   rf"K \((\w+)\):{_NUMBER} MiB, V \((\w+)\):{_NUMBER} MiB")
+_SIDE = re.compile(rf"kvarn: (keys|values) (\w+):{_NUMBER} bits per value,{_NUMBER} tiles of{_NUMBER} tokens per stream "
+                   rf"\({_NUMBER} asked")
 _TAIL = re.compile(rf"kvarn: tail ={_NUMBER} MiB")
 
 
@@ -53,8 +54,8 @@ class KVSize(NamedTuple):
 
 def bits_of(name: str) -> float:
     """Stored bits per value of a row-wise type."""
-    blocks = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0, "q4_0": 4.5, "iq4_nl": 4.5}
-    return blocks[name]
+    return {"f32": 32.0, "f16": 16.0, "bf16": 16.0,
+            "q8_0": 8.5, "q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0, "q4_0": 4.5, "iq4_nl": 4.5}[name]
 
 
 def read_size(lines: "list[str]") -> KVSize:
@@ -152,7 +153,7 @@ class Llama(llama_cpp.Llama):
     def load_state(self, state: "llama_cpp.LlamaState") -> None:
         n = state.n_tokens
         if n > len(self.input_ids):
-            raise RuntimeError(f"the state holds {n} tokens, this context takes {self.n_ctx()}; make the Llama with a larger n_ctx")
+            raise RuntimeError(f"the state holds {n} tokens, this context takes {self.n_ctx()}; use a larger n_ctx")
         buffer = (ctypes.c_uint8*state.llama_state_size).from_buffer_copy(state.llama_state)
         with CapturedLog(self.verbose) as log:
             taken = llama_cpp.llama_state_set_data(self._ctx.ctx, buffer, state.llama_state_size)

@@ -1,6 +1,6 @@
 """One line of progress: redrawn in place on a terminal, a line now and then elsewhere.
 
-    command 2>&1 | python progress.py LOG     shows a build's [done/total] steps; keeps everything in LOG, prints its end on failure
+    command 2>&1 | python progress.py LOG     shows a build's [done/total] steps; LOG keeps all, its end is printed on failure
 
 SPDX-License-Identifier: MIT
 """
@@ -61,7 +61,7 @@ def follow_build(log_path: str) -> int:
     if not installed:
         with open(log_path, encoding="utf-8", errors="replace") as log:
             trouble = [line.rstrip() for line in log if TROUBLE.search(line)][:10]
-        bar.close("failed; the first lines that look like a reason, then the end of the log:\n" + "\n".join([*trouble, "...", *last]))
+        bar.close("failed; first lines that look like a reason, then the end of the log:\n" + "\n".join([*trouble, "...", *last]))
         return 1
     bar.close(f"done in {int(time.monotonic() - started)} s")
     return 0

@@ -2,8 +2,8 @@
 
     python -m kvarn.server --model model.gguf --kv_type kvarn --n_ctx 32768
 
---type_k and --type_v take names as well. Flash attention is switched on for types that need it, and logits_all off unless asked for:
-it would keep n_ctx x vocabulary floats, many times the cache. Everything else is llama_cpp.server's.
+--type_k and --type_v take names as well. Flash attention is switched on for types that need it, and logits_all off unless asked
+for: it would keep n_ctx x vocabulary floats, many times the cache. Everything else is llama_cpp.server's.
 
 SPDX-License-Identifier: MIT
 """
@@ -59,7 +59,7 @@ def rewrite(argv: "list[str]") -> "list[str]":
 def main() -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"kvarn: the server needs {', '.join(missing)}; next: pip install 'kvarn[server]', or those packages", file=sys.stderr)
+        print(f"kvarn: the server needs {', '.join(missing)}; next: pip install 'kvarn[server]'", file=sys.stderr)
         return 1
     try:
         arguments = rewrite(sys.argv[1:])

@@ -3,9 +3,9 @@
     python -m kvarn.upstream TREE [--from DIR]     puts a pristine tree into TREE
     python -m kvarn.upstream --sdist               prints the path of the checked source archive
 
-Where it comes from, first match wins: --from DIR or KVARN_LLAMA_CPP_DIR (a llama.cpp tree, copied, never changed), an archive with
-the right sha256 in the cache folder, pip. The cache folder is KVARN_CACHE_DIR or the user's cache. Which index pip asks is decided
-by pip's own configuration. Standard library and pip only: CMake calls this file before anything is installed.
+Where it comes from, first match wins: --from DIR or KVARN_LLAMA_CPP_DIR (a llama.cpp tree, copied, never changed), an archive
+with the right sha256 in the cache folder, pip. The cache folder is KVARN_CACHE_DIR or the user's cache. Which index pip asks is
+decided by pip's own configuration. Standard library and pip only: CMake calls this file before anything is installed.
 
 SPDX-License-Identifier: MIT
 """
@@ -26,8 +26,8 @@ from typing import NamedTuple
 STAMP = ".kvarn-upstream"
 
 # what the build and its tests need of llama.cpp; without the web UI's sources, which are half of all files
-WANTED = ("CMakeLists.txt", "LICENSE", "AUTHORS", "cmake", "common", "ggml", "include", "licenses", "scripts", "src", "tests", "tools",
-          "vendor")
+WANTED = ("CMakeLists.txt", "LICENSE", "AUTHORS", "cmake", "common", "ggml", "include", "licenses", "scripts", "src", "tests",
+          "tools", "vendor")
 UNWANTED = ("tools/ui/src", "tools/ui/static", "tools/ui/tests", "tools/server/bench", "tests/snapshots")
 
 

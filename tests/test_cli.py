@@ -1,0 +1,120 @@
+"""test_cli.py - the command line tools of the install: they start, know the types, print them, and refuse what they do not know.
+
+SPDX-License-Identifier: MIT
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvarn.cli import TOOLS
+
+pytestmark = pytest.mark.tools
+SCRIPTS = Path(sys.executable).parent
+
+
+def run(*words, timeout: int = 120, **env) -> subprocess.CompletedProcess:
+    return subprocess.run([str(word) for word in words], env={**os.environ, **env}, capture_output=True, text=True,
+                          errors="replace", timeout=timeout, stdin=subprocess.DEVNULL)
+
+
+def script(name: str) -> Path:
+    path = SCRIPTS / name
+    if not path.is_file():
+        pytest.skip(f"{name} is not beside {sys.executable}: kvarn is not installed there")
+    return path
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_tool_starts(name):
+    flag = "--help" if name in ("llama-bench", "llama-batched-bench") else "--version"
+    done = run(script(name), flag)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name in TOOLS if name != "llama-bench"])
+def test_help_lists_the_types(name):
+    said = run(script(name), "--help").stdout
+    assert "kvarn2" in said and "kvarn4" in said
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_unknown_cache_type_is_one_error(name, tiny):
+    done = run(script(name), "-m", tiny(), "--cache-type-k", "kvarn7")
+    assert done.returncode != 0
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "kvarn7" in line]
+    assert len(said) == 1, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("keys, values", [("kvarn4", "kvarn2"), ("kvarn2", "f16"), ("q8_0", "kvarn3")])
+def test_bench_prints_type_names(tiny, keys, values):
+    done = run(script("llama-bench"), "-m", tiny(), "-ctk", keys, "-ctv", values, "-fa", "1", "-p", "200", "-n", "8", "-d", "130",
+               "-r", "1", "-o", "json")
+    assert done.returncode == 0, done.stderr
+    for row in json.loads(done.stdout):
+        assert (row["type_k"], row["type_v"]) == (keys, values)
+        assert row["avg_ts"] > 0
+
+
+def test_perplexity_runs(tiny, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("All work and no play makes Jack a dull boy. " * 60)
+    done = run(script("llama-perplexity"), "-m", tiny(), "-f", text, "-c", "512", "-b", "512", "-ub", "128", "-fa", "on",
+               "-ctk", "kvarn4", "-ctv", "kvarn4")
+    assert done.returncode == 0, done.stderr
+    assert "Final estimate: PPL" in done.stdout + done.stderr
+
+
+def test_memory_log_names_types_and_sizes(tiny):
+    done = run(script("llama-completion"), "-m", tiny(), "-c", "2048", "-n", "4", "-p", "hello", "-no-cnv", "--verbose",
+               "-ctk", "kvarn4", "-ctv", "kvarn2")
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stderr.splitlines() if "K (kvarn4)" in line)
+    assert "V (kvarn2)" in line
+    assert "kvarn: tail" in done.stderr
+
+
+def test_refused_context_ends_with_one_reason(tiny):
+    done = run(script("llama-completion"), "-m", tiny(head_dim=72), "-n", "4", "-p", "hello", "-no-cnv", "-ctk", "kvarn4")
+    assert done.returncode == 1, "a refusal is an exit status, not a crash"
+    assert "72" in done.stderr
+
+
+def test_run_and_env(lib_dir):
+    assert run(script("kvarn"), "run", "llama-bench", "--help").returncode == 0
+    said = run(script("kvarn"), "env").stdout
+    assert f"export LLAMA_CPP_LIB_PATH={lib_dir.resolve()}" in said and "export MTMD_CPP_LIB=" in said
+    assert "kvarn 0." in run(script("kvarn"), "--version").stdout
+    wrong = run(script("kvarn"), "run", "llama-quantise")
+    assert wrong.returncode == 2 and "llama-bench" in wrong.stderr
+
+
+def test_missing_tools_are_named(tmp_path):
+    done = run(script("llama-cli"), "--version", KVARN_LIB_PATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"kvarn: {tmp_path} has no llama-cli")
+
+
+@pytest.mark.llama
+def test_demo_on_an_own_model(tiny):
+    done = run(script("kvarn"), "demo", "--model", tiny(), "--tokens", "24", "--caches", "f16,kvarn")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["cache", "KV", "MiB", "bits/value", "tok/s", "bytes", "like", "f16"] in rows
+    assert any(row[:1] == ["kvarn4/kvarn2"] for row in rows)
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("words, said", [
+    (["--caches", "f16,kvarn8"], "kvarn: unknown kv_type 'kvarn8'"),
+    (["--model", "no-such.gguf"], "kvarn: Model path does not exist: no-such.gguf"),
+])
+def test_demo_errors_are_one_line(words, said):
+    done = run(script("kvarn"), "demo", *words)
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith(said) and len(done.stderr.strip().splitlines()) == 1
