@@ -328,7 +328,7 @@ def refresh(tree: Path, source: Path, base: "str | None") -> str:
         base = pin.commit if known.returncode == 0 else git("rev-list", "--max-parents=0", "HEAD").split()[0]
     with tempfile.TemporaryDirectory() as scratch:
         git("format-patch", "-q", "--zero-commit", "--no-signature", "--no-numbered", "--full-index", "--no-renames",
-            "-o", scratch, f"{base}..HEAD")
+            "-o", scratch, f"{base}..HEAD", "--", ".", *(f":(exclude){path}" for path in read_overlay(source)))
         made = sorted(Path(scratch).glob("*.patch"))
         if not made:
             raise Failure(f"no commit after {base[:9]} in {tree}: one commit per patch is expected")
