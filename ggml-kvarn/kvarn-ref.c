@@ -47,63 +47,51 @@ static const float RMS_MIN   = 0x1p-40f;       // a tile below this is all zero
 static const float STD_MIN   = 0x1p-10f;       // floor of a token or channel scale, in units of the tile's rms
 static const float TINY      = 0x1p-60f;       // steps and token scales below this count as 0
 static const float FIT_MIN   = 1e-5f;          // share of its second moment below which a variance is rounding noise
-static const float AGREE     = 2.0f;           // keys: x.x/x.c only where cos^2 of x and c is at least 1/2
+static const float AGREE     = 2.0f;           // keys: y.y/y.c only where cos^2 of y and c is at least 1/2
 static const float ROUND_INT = 12582912.0f;    // 1.5*2^23: adding and subtracting it rounds to an integer, ties to even
 
 // ranges tried, as a share of [min, max], for 2, 3 and 4 bits
 static const float RANGE[3][CANDIDATES] = {
     { 0.80f, 0.68f, 0.55f },
     { 0.90f, 0.78f, 0.65f },
-    { 1.00f, 0.90f, 0.78f },
+    { 1.00f, 0.92f, 0.82f },
 };
 
-// --- f16 ---
+KVARN_INLINE float    max_f32 (float a, float b) { return a > b ? a : b; }
+KVARN_INLINE float    min_f32 (float a, float b) { return a < b ? a : b; }
+KVARN_INLINE uint32_t f32_bits(float v)          { uint32_t u; memcpy(&u, &v, sizeof(u)); return u; }
+KVARN_INLINE float    bits_f32(uint32_t u)       { float v;    memcpy(&v, &u, sizeof(v)); return v; }
 
-// nearest f16, ties to even; too large becomes the largest finite f16
-KVARN_INLINE uint16_t f16_from_f32(float v) {
-    uint32_t u;
-    memcpy(&u, &v, sizeof(u));
-    const uint32_t sign = (u >> 16) & 0x8000;
-    u &= 0x7fffffff;
+// --- f16, little-endian in the tile ---
+
+// nearest f16, ties to even; too large becomes the largest finite one
+KVARN_INLINE uint32_t f16_bits(float v) {
+    const uint32_t sign = f32_bits(v) >> 16 & 0x8000;
+    const uint32_t u    = f32_bits(v) & 0x7fffffff;
     if (u >= 0x477ff000) {                                     // rounds to 65520 or more
-        return (uint16_t) (sign | 0x7bff);
+        return sign | 0x7bff;
     }
-    if (u < 0x38800000) {                                      // below 2^-14: let f32 addition round at bit 2^-24
-        float a;
-        memcpy(&a, &u, sizeof(a));
-        a += 0.5f;
-        memcpy(&u, &a, sizeof(u));
-        return (uint16_t) (sign | (u - 0x3f000000));
+    if (u < 0x38800000) {                                      // below 2^-14: adding 0.5 rounds at bit 2^-24
+        return sign | (f32_bits(bits_f32(u) + 0.5f) - 0x3f000000);
     }
-    u += 0xfff + ((u >> 13) & 1);
-    return (uint16_t) (sign | ((u >> 13) - (112 << 10)));
+    return sign | (((u + 0xfff + (u >> 13 & 1)) >> 13) - (112 << 10));
 }
 
-KVARN_INLINE float f16_to_f32(uint16_t h) {
-    const uint32_t sign = (uint32_t) (h & 0x8000) << 16;
-    uint32_t u = (uint32_t) (h & 0x7fff) << 13;
-    float v;
-    memcpy(&v, &u, sizeof(v));
-    v *= 0x1p112f;                                             // moves the exponent, exact for subnormals too
-    memcpy(&u, &v, sizeof(u));
-    u |= sign;
-    memcpy(&v, &u, sizeof(v));
-    return v;
-}
-
-KVARN_INLINE void f16_store(uint8_t * p, uint16_t h) {
+KVARN_INLINE void f16_store(uint8_t * p, float v) {
+    const uint32_t h = f16_bits(v);
     p[0] = (uint8_t) h;
     p[1] = (uint8_t) (h >> 8);
 }
 
-KVARN_INLINE float f16_load(const uint8_t * p) {
-    return f16_to_f32((uint16_t) (p[0] | p[1] << 8));
+KVARN_INLINE float f16_value(uint32_t h) {
+    const uint32_t sign = (h & 0x8000) << 16;
+    const uint32_t tiny = f32_bits((float) (int) (h & 0x03ff)*0x1p-24f);
+    return bits_f32(sign | (h & 0x7c00 ? ((h & 0x7fff) << 13) + (112u << 23) : tiny));
 }
 
-// --- sums ---
+KVARN_INLINE float f16_load(const uint8_t * p) { return f16_value((uint32_t) p[0] | (uint32_t) p[1] << 8); }
 
-KVARN_INLINE float max_f32(float a, float b) { return a > b ? a : b; }
-KVARN_INLINE float min_f32(float a, float b) { return a < b ? a : b; }
+// --- sums ---
 
 // sum of a[d]*b[d] over the channels
 #if defined(__GNUC__)
@@ -126,14 +114,10 @@ KVARN_INLINE float row_dot(int D, const float * a, const float * b) {
 KVARN_INLINE float row_dot(int D, const float * a, const float * b) {
     float s[LANES] = { 0 };
     for (int d = 0; d < D; d += LANES) {
-        for (int j = 0; j < LANES; ++j) {
-            s[j] += a[d + j]*b[d + j];
-        }
+        for (int j = 0; j < LANES; ++j) { s[j] += a[d + j]*b[d + j]; }
     }
     for (int n = LANES/2; n > 0; n /= 2) {
-        for (int j = 0; j < n; ++j) {
-            s[j] += s[j + n];
-        }
+        for (int j = 0; j < n; ++j) { s[j] += s[j + n]; }
     }
     return s[0];
 }
@@ -148,15 +132,10 @@ KVARN_INLINE float variance(float sum, float sum2, float n) {
 
 // NaN as 0, the rest clamped to what f16 holds; on the bits, where a compiler needs no branches
 KVARN_INLINE float sanitized(float v) {
-    uint32_t u;
-    memcpy(&u, &v, sizeof(u));
-    const uint32_t sign = u & 0x80000000u;
-    u &= 0x7fffffffu;
-    u  = u > 0x7f800000u ? 0 : u;
-    u  = u > 0x477fe000u ? 0x477fe000u : u;
-    u |= sign;
-    memcpy(&v, &u, sizeof(v));
-    return v;
+    uint32_t u = f32_bits(v) & 0x7fffffffu;
+    u = u > 0x7f800000u ? 0 : u;
+    u = u > 0x477fe000u ? 0x477fe000u : u;
+    return bits_f32((f32_bits(v) & 0x80000000u) | u);
 }
 
 // Step 1. y = x/rms with NaN as 0 and the rest clamped; returns rms, or 0 for a tile that counts as zero.
@@ -191,11 +170,8 @@ KVARN_INLINE void seal_normalize(int D, const float * restrict y, const float * 
     memset(ref, 0, (size_t) (3*D)*sizeof(float));
     for (int t = 0; t < G; ++t) {
         for (int d = 0; d < D; ++d) {
-            ref[d] += y[t*D + d];
+            ref[d] += y[t*D + d]*(1.0f/G);
         }
-    }
-    for (int d = 0; d < D; ++d) {
-        ref[d] /= (float) G;
     }
     for (int t = 0; t < G; ++t) {
         const float * restrict yt = y + t*D;
@@ -231,34 +207,27 @@ KVARN_INLINE void row_codes(int D, float L, const float * restrict y, float r, c
 
 KVARN_INLINE float reciprocal(float v) { return v > TINY ? 1.0f/v : 0.0f; }
 
-// sums over tokens that fit one channel: y[t] ~ tok[t]*((code[t] - h)*scale + mid), h = half of the largest code
-typedef struct {
-    float * cc; // (tok*(code - h))^2
-    float * cw; // tok^2*(code - h)
-    float * cy; // tok*(code - h)*y
-    float * wy; // tok*y
-    float   ww; // tok^2
-} seal_sums;
-
-// Step 3. One walk over the tile: the codes for scale and mid, then the sums of the next fit.
+// Step 3. One walk over the tile: the codes for scale and mid, then the sums of the next fit,
+//   y[t][d] ~ tok[t]*((code - h)*scale[d] + mid[d]),   h = half of the largest code
 // With refit, each token's scale is first replaced by the least-squares one for the codes just found.
+//   fit   out: [5][D], sums over t of (tok*(code - h))^2, tok^2*(code - h), tok*(code - h)*y, tok*y, and once tok^2
 KVARN_INLINE void seal_walk(int D, float L, int refit, const float * restrict y, float * restrict tok, const float * restrict scale,
-                            const float * restrict mid, float * restrict vec, seal_sums * s) {
+                            const float * restrict mid, float * restrict vec, float * restrict fit) {
     float * restrict inv = vec;
     float * restrict off = vec + D;
     float * restrict q   = vec + 2*D;
-    float * restrict cc  = vec + 3*D;
-    float * restrict cw  = vec + 4*D;
-    float * restrict cy  = vec + 5*D;
-    float * restrict wy  = vec + 6*D;
-    float * restrict v   = vec + 7*D;
+    float * restrict v   = vec + 3*D;
+    float * restrict cc  = fit;
+    float * restrict cw  = fit + D;
+    float * restrict cy  = fit + 2*D;
+    float * restrict wy  = fit + 3*D;
     const float h = 0.5f*L;
+    float ww = 0.0f;
+    memset(fit, 0, (size_t) (5*D)*sizeof(float));
     for (int d = 0; d < D; ++d) {
         inv[d] = reciprocal(scale[d]);
         off[d] = h - mid[d]*inv[d];
     }
-    memset(cc, 0, (size_t) (4*D)*sizeof(float));
-    float ww = 0.0f;
     for (int t = 0; t < G; ++t) {
         const float * restrict yt = y + t*D;
         row_codes(D, L, yt, reciprocal(tok[t]), inv, off, q);
@@ -266,9 +235,9 @@ KVARN_INLINE void seal_walk(int D, float L, int refit, const float * restrict y,
             for (int d = 0; d < D; ++d) {
                 v[d] = (q[d] - h)*scale[d] + mid[d];
             }
-            const float yc = row_dot(D, yt, v);
-            const float c2 = row_dot(D, v, v);
-            tok[t] = yc > 0.0f && c2 > 0.0f ? yc/c2 : 0.0f;
+            const float yv = row_dot(D, yt, v);
+            const float vv = row_dot(D, v, v);
+            tok[t] = yv > 0.0f && vv > 0.0f ? min_f32(yv/vv, X_MAX) : 0.0f;
         }
         const float w = tok[t];
         for (int d = 0; d < D; ++d) {
@@ -280,31 +249,27 @@ KVARN_INLINE void seal_walk(int D, float L, int refit, const float * restrict y,
         }
         ww += w*w;
     }
-    s->cc = cc;
-    s->cw = cw;
-    s->cy = cy;
-    s->wy = wy;
-    s->ww = ww;
+    fit[4*D] = ww > 0.0f ? ww : 1.0f;
 }
 
 // least-squares scale of channel d; *gain is what it takes off the squared error
-KVARN_INLINE float fit_scale(const seal_sums * s, int d, float * gain) {
-    const float m   = s->cw[d]/s->ww;
-    const float cov = s->cy[d] - m*s->wy[d];
-    const float var = s->cc[d] - m*s->cw[d];
-    const float r   = cov > 0.0f && var > FIT_MIN*s->cc[d] ? cov/var : 0.0f;
+KVARN_INLINE float fit_scale(int D, const float * fit, int d, float * gain) {
+    const float m   = fit[D + d]/fit[4*D];
+    const float cov = fit[2*D + d] - m*fit[3*D + d];
+    const float var = fit[d] - m*fit[D + d];
+    const float r   = cov > 0.0f && var > FIT_MIN*fit[d] ? cov/var : 0.0f;
     *gain = cov*r;
     return r;
 }
 
-KVARN_INLINE float fit_mid(const seal_sums * s, int d, float scale) {
-    return (s->wy[d] - scale*s->cw[d])/s->ww;
+KVARN_INLINE float fit_mid(int D, const float * fit, int d, float scale) {
+    return (fit[3*D + d] - scale*fit[D + d])/fit[4*D];
 }
 
 // Step 4. Scale and mid of each channel: the best of some ranges, then rounds of alternating least squares with the token scales.
-// On return scale and mid are f32; sums holds those of the last walk.
+// On return scale and mid are f32; fit holds the sums of the last walk.
 KVARN_INLINE void seal_fit(int D, int bits, const float * restrict y, float * restrict tok, float * restrict scale, float * restrict mid,
-                           float * restrict vec, seal_sums * sums) {
+                           float * restrict vec, float * restrict fit) {
     const float L = (float) ((1 << bits) - 1);
     float * restrict lo   = vec;
     float * restrict hi   = vec + D;
@@ -314,9 +279,11 @@ KVARN_INLINE void seal_fit(int D, int bits, const float * restrict y, float * re
     vec += 5*D;
 
     for (int d = 0; d < D; ++d) {
-        lo[d] = hi[d] = y[d]*reciprocal(tok[0]);
+        lo  [d] = INFINITY;
+        hi  [d] = -INFINITY;
+        gain[d] = -1.0f;
     }
-    for (int t = 1; t < G; ++t) {
+    for (int t = 0; t < G; ++t) {
         const float r = reciprocal(tok[t]);
         for (int d = 0; d < D; ++d) {
             const float v = y[t*D + d]*r;
@@ -324,73 +291,61 @@ KVARN_INLINE void seal_fit(int D, int bits, const float * restrict y, float * re
             hi[d] = max_f32(hi[d], v);
         }
     }
-    for (int d = 0; d < D; ++d) {
-        gain[d] = -1.0f;
-    }
-    for (int k = 0; k < CANDIDATES; ++k) {
-        const float share = RANGE[bits - 2][k]/L;
+    for (int k = 0; k < CANDIDATES + ROUNDS; ++k) {
+        const int   refit = k >= CANDIDATES;
+        const float share = refit ? 0.0f : RANGE[bits - 2][k]/L;
         for (int d = 0; d < D; ++d) {
-            s[d] = (hi[d] - lo[d])*share;
-            m[d] = (hi[d] + lo[d])*0.5f;
+            s[d] = refit ? scale[d] : (hi[d] - lo[d])*share;
+            m[d] = refit ? mid[d]   : (hi[d] + lo[d])*0.5f;
         }
-        seal_walk(D, L, 0, y, tok, s, m, vec, sums);
+        seal_walk(D, L, refit, y, tok, s, m, vec, fit);
         for (int d = 0; d < D; ++d) {
             float g;
-            const float r = fit_scale(sums, d, &g);
-            if (g > gain[d]) {
+            const float r = fit_scale(D, fit, d, &g);
+            if (refit || g > gain[d]) {
                 gain [d] = g;
                 scale[d] = r;
-                mid  [d] = fit_mid(sums, d, r);
+                mid  [d] = fit_mid(D, fit, d, r);
             }
-        }
-    }
-    for (int k = 0; k < ROUNDS; ++k) {
-        seal_walk(D, L, 1, y, tok, scale, mid, vec, sums);
-        for (int d = 0; d < D; ++d) {
-            float g;
-            scale[d] = fit_scale(sums, d, &g);
-            mid  [d] = fit_mid(sums, d, scale[d]);
         }
     }
 }
 
 // Step 5. Scale and zero to f16, codes for exactly these, token scales for exactly those.
-//   keys     x.x/x.c: the key keeps its length along itself, so that scores do not shrink; least squares where x and c disagree
-//   values   x.c/c.c: least squares
+//   keys     y.y/y.c: a key keeps its length along itself, so that scores do not shrink; least squares where y and c hardly agree
+//   values   y.c/c.c: least squares
 KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float * restrict y, float * restrict tok, float * restrict scale,
-                             float * restrict mid, float * restrict vec, seal_sums * sums, uint8_t * restrict code, uint8_t * tile) {
+                             float * restrict mid, float * restrict vec, float * restrict fit, uint8_t * restrict code, uint8_t * tile) {
     const float L = (float) ((1 << bits) - 1);
     const float h = 0.5f*L;
     float * restrict inv  = vec;
     float * restrict off  = vec + D;
     float * restrict q    = vec + 2*D;
     float * restrict v    = vec + 3*D;
-    float * restrict zero = mid;
+    float * restrict zero = vec + 4*D;
 
     float t_max = 0.0f;
+    float c_max = 0.0f;
     for (int t = 0; t < G; ++t) {
         t_max = max_f32(t_max, tok[t]);
     }
-    float c_max = 0.0f;
     for (int d = 0; d < D; ++d) {
-        c_max = max_f32(c_max, max_f32(scale[d], max_f32(h*scale[d] - mid[d], mid[d] - h*scale[d])));
+        c_max = max_f32(c_max, max_f32(scale[d], fabsf(mid[d] - h*scale[d])));
     }
-    float f = 1.0f;                        // power of two moved from the token scales to scale and zero: the largest ends in (0.5, 1]
-    while (t_max > f) {
-        f *= 2.0f;
-    }
-    while (t_max <= 0.5f*f && t_max > TINY) {
-        f *= 0.5f;
-    }
+    int e;
+    (void) frexpf(t_max, &e);
+    float f = ldexpf(1.0f, e);             // power of two that moves to scale and zero: the largest token scale ends between 0.5 and 1
     while (c_max*rms*f > X_MAX) {          // unless scale or zero would leave f16
         f *= 0.5f;
     }
     const float unit = rms*f;
+    c_max = 0.0f;
     for (int d = 0; d < D; ++d) {
-        scale[d] = f16_to_f32(f16_from_f32(scale[d]*unit));
-        zero [d] = f16_to_f32(f16_from_f32(fit_mid(sums, d, scale[d]/unit)*unit - h*scale[d]));
+        scale[d] = f16_value(f16_bits(scale[d]*unit));
+        zero [d] = f16_value(f16_bits(fit_mid(D, fit, d, scale[d]/unit)*unit - h*scale[d]));
         inv  [d] = reciprocal(scale[d]);
         off  [d] = -zero[d]*inv[d];
+        c_max    = max_f32(c_max, max_f32(scale[d], fabsf(zero[d])));
     }
 
     t_max = 0.0f;
@@ -412,20 +367,16 @@ KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float *
         t_max  = max_f32(t_max, tok[t]);
     }
 
-    c_max = 0.0f;
-    for (int d = 0; d < D; ++d) {
-        c_max = max_f32(c_max, max_f32(scale[d], max_f32(zero[d], -zero[d])));
-    }
     f = 1.0f;
-    while (t_max > f && 2.0f*f*c_max <= X_MAX) {
+    while (t_max > f && 2.0f*f*c_max <= X_MAX) {               // moves a power of two again: exact
         f *= 2.0f;
     }
     for (int d = 0; d < D; ++d) {
-        f16_store(tile + kvarn_scale_off(D, bits) + 2*d, f16_from_f32(scale[d]*f));
-        f16_store(tile + kvarn_zero_off (D, bits) + 2*d, f16_from_f32(zero [d]*f));
+        f16_store(tile + kvarn_scale_off(D, bits) + 2*d, scale[d]*f);
+        f16_store(tile + kvarn_zero_off (D, bits) + 2*d, zero [d]*f);
     }
     for (int t = 0; t < G; ++t) {
-        f16_store(tile + kvarn_token_off(D, bits) + 2*t, f16_from_f32(tok[t]/f));
+        f16_store(tile + kvarn_token_off(D, bits) + 2*t, tok[t]/f);
     }
 }
 
@@ -440,59 +391,45 @@ KVARN_INLINE int byte_shift(int k) {
 }
 
 // Fields never cross a byte, so whole words can be shifted whatever the byte order of the machine.
+// Slot s lies s*bits up in its byte; with 3 bits two slots to a plane, and slots 6 and 7 in what the planes leave over.
 KVARN_INLINE void group_pack(int bits, int F, const uint32_t * restrict w, uint8_t * restrict group) {
     const int X = bits == 3 ? F/8 : F*bits/8;
-    uint32_t out[3*KVARN_D_MAX/8];
-    if (bits == 2) {
+    const int S = bits == 3 ? 6   : 8/bits;
+    const int P = bits == 3 ? 2   : 8/bits; // slots of a plane
+    uint32_t out[KVARN_D_MAX/2] = { 0 };
+    for (int s = 0; s < S; ++s) {
         for (int x = 0; x < X; ++x) {
-            out[x] = w[x] | w[x + X] << 2 | w[x + 2*X] << 4 | w[x + 3*X] << 6;
+            out[x + s/P*X] |= w[x + s*X] << s%P*bits;
         }
-    } else if (bits == 4) {
-        for (int x = 0; x < X; ++x) {
-            out[x] = w[x] | w[x + X] << 4;
-        }
-    } else {
-        for (int x = 0; x < X; ++x) {
-            const uint32_t c6 = w[x + 6*X];
-            const uint32_t c7 = w[x + 7*X];
-            out[x      ] = w[x      ] | w[x +   X] << 3 | (c6 & 0x06060606u) << 5;
-            out[x +   X] = w[x + 2*X] | w[x + 3*X] << 3 | (c6 & 0x01010101u) << 7 | (c7 & 0x04040404u) << 4;
-            out[x + 2*X] = w[x + 4*X] | w[x + 5*X] << 3 | (c7 & 0x03030303u) << 6;
-        }
+    }
+    for (int x = 0; x < X && bits == 3; ++x) {
+        const uint32_t c6 = w[x + 6*X];
+        const uint32_t c7 = w[x + 7*X];
+        out[x      ] |= (c6 & 0x06060606u) << 5;
+        out[x +   X] |= (c6 & 0x01010101u) << 7 | (c7 & 0x04040404u) << 4;
+        out[x + 2*X] |= (c7 & 0x03030303u) << 6;
     }
     memcpy(group, out, (size_t) (F*bits/2));
 }
 
 KVARN_INLINE void group_unpack(int bits, int F, const uint8_t * restrict group, uint32_t * restrict w) {
     const int X = bits == 3 ? F/8 : F*bits/8;
-    uint32_t in[3*KVARN_D_MAX/8];
+    const int S = bits == 3 ? 6   : 8/bits;
+    const int P = bits == 3 ? 2   : 8/bits;
+    const uint32_t mask = 0x01010101u*((1u << bits) - 1);
+    uint32_t in[KVARN_D_MAX/2];
     memcpy(in, group, (size_t) (F*bits/2));
-    if (bits == 2) {
+    for (int s = 0; s < S; ++s) {
         for (int x = 0; x < X; ++x) {
-            w[x      ] = in[x]      & 0x03030303u;
-            w[x +   X] = in[x] >> 2 & 0x03030303u;
-            w[x + 2*X] = in[x] >> 4 & 0x03030303u;
-            w[x + 3*X] = in[x] >> 6 & 0x03030303u;
+            w[x + s*X] = in[x + s/P*X] >> s%P*bits & mask;
         }
-    } else if (bits == 4) {
-        for (int x = 0; x < X; ++x) {
-            w[x    ] = in[x]      & 0x0f0f0f0fu;
-            w[x + X] = in[x] >> 4 & 0x0f0f0f0fu;
-        }
-    } else {
-        for (int x = 0; x < X; ++x) {
-            const uint32_t a = in[x];
-            const uint32_t b = in[x + X];
-            const uint32_t c = in[x + 2*X];
-            w[x      ] = a      & 0x07070707u;
-            w[x +   X] = a >> 3 & 0x07070707u;
-            w[x + 2*X] = b      & 0x07070707u;
-            w[x + 3*X] = b >> 3 & 0x07070707u;
-            w[x + 4*X] = c      & 0x07070707u;
-            w[x + 5*X] = c >> 3 & 0x07070707u;
-            w[x + 6*X] = (a >> 5 & 0x06060606u) | (b >> 7 & 0x01010101u);
-            w[x + 7*X] = (b >> 4 & 0x04040404u) | (c >> 6 & 0x03030303u);
-        }
+    }
+    for (int x = 0; x < X && bits == 3; ++x) {
+        const uint32_t a = in[x];
+        const uint32_t b = in[x + X];
+        const uint32_t c = in[x + 2*X];
+        w[x + 6*X] = (a >> 5 & 0x06060606u) | (b >> 7 & 0x01010101u);
+        w[x + 7*X] = (b >> 4 & 0x04040404u) | (c >> 6 & 0x03030303u);
     }
 }
 
@@ -518,47 +455,43 @@ KVARN_INLINE void seal_pack(int side, int D, int bits, const uint8_t * restrict 
     }
 }
 
-// with bits constant the shifts and masks of a width become straight code
-KVARN_INLINE void seal(int side, int bits, int D, const float * x, uint8_t * tile, float * scratch) {
+int kvarn_format_version(void) { return KVARN_FORMAT_VERSION; }
+
+int kvarn_tile_bytes(int D, int bits) { return kvarn_is_valid(D, bits) ? kvarn_tile_size(D, bits) : 0; }
+
+enum { VECTORS = 17 }; // channel vectors in the scratch memory, behind the tile in f32 and before its codes in bytes
+
+int kvarn_seal_scratch(int D) { return G*D + VECTORS*D + G*D/4; }
+
+KVARN_CLONES
+void kvarn_seal_ref(int side, int bits, int D, const float * x, uint8_t * tile, float * scratch) {
     float   * y     = scratch;
     float   * scale = y + G*D;
     float   * mid   = scale + D;
     float   * one   = mid + D;
-    float   * vec   = one + D;
-    uint8_t * code  = (uint8_t *) (vec + 13*D);
+    float   * fit   = one + D;
+    float   * vec   = fit + 5*D;
+    uint8_t * code  = (uint8_t *) (y + G*D + VECTORS*D);
     float tok[G];
 
-    for (int d = 0; d < D; ++d) {
-        one[d] = 1.0f;
-    }
+    for (int d = 0; d < D; ++d) { one[d] = 1.0f; }
     const float rms = seal_prepare(D, x, y, one, vec);
     if (rms == 0.0f) {
         memset(tile, 0, (size_t) kvarn_tile_size(D, bits));
         return;
     }
-    seal_sums sums;
     seal_normalize(D, y, one, tok, vec);
-    seal_fit(D, bits, y, tok, scale, mid, vec, &sums);
-    seal_round(side, D, bits, rms, y, tok, scale, mid, vec, &sums, code, tile);
+    seal_fit(D, bits, y, tok, scale, mid, vec, fit);
+    seal_round(side, D, bits, rms, y, tok, scale, mid, vec, fit, code, tile);
     seal_pack(side, D, bits, code, tile);
-}
-
-int kvarn_format_version(void) { return KVARN_FORMAT_VERSION; }
-
-int kvarn_tile_bytes(int D, int bits) { return kvarn_is_valid(D, bits) ? kvarn_tile_size(D, bits) : 0; }
-
-int kvarn_seal_scratch(int D) { return G*D + 16*D + G*D/4; }
-
-KVARN_CLONES
-void kvarn_seal_ref(int side, int bits, int D, const float * x, uint8_t * tile, float * scratch) {
-    seal(side, bits, D, x, tile, scratch);
 }
 
 // --- unseal ---
 
 enum { CHUNK = 64 }; // channels whose codes are turned from one group of four to one token
 
-KVARN_INLINE void unseal(int side, int bits, int D, const uint8_t * restrict tile, float * restrict x) {
+KVARN_CLONES
+void kvarn_unseal_ref(int side, int bits, int D, const uint8_t * tile, float * x) {
     float scale[KVARN_D_MAX];
     float zero [KVARN_D_MAX];
     uint32_t w [KVARN_D_MAX];
@@ -598,11 +531,6 @@ KVARN_INLINE void unseal(int side, int bits, int D, const uint8_t * restrict til
     }
 }
 
-KVARN_CLONES
-void kvarn_unseal_ref(int side, int bits, int D, const uint8_t * tile, float * x) {
-    unseal(side, bits, D, tile, x);
-}
-
 // --- attend ---
 
 static int code_at(int bits, int F, int r, int f, const uint8_t * tile) {
@@ -626,16 +554,15 @@ void kvarn_attend_ref(int bits_k, int bits_v, int D, int n_q, int n_tiles, const
     for (int iq = 0; iq < n_q; ++iq) {
         double max = -INFINITY;
         double sum = 0.0;
-        for (int d = 0; d < D; ++d) {
-            acc[d] = 0.0;
-        }
+        memset(acc, 0, sizeof(acc));
         for (int i = 0; i < n_tiles; ++i) {
             const uint8_t * kt = k + (size_t) i*(size_t) kvarn_tile_size(D, bits_k);
             const uint8_t * vt = v + (size_t) i*(size_t) kvarn_tile_size(D, bits_v);
             double qz = 0.0;
             for (int d = 0; d < D; ++d) {
-                qs[d] = (double) q[iq*D + d]*(double) f16_load(kt + kvarn_scale_off(D, bits_k) + 2*d);
-                qz   += (double) q[iq*D + d]*(double) f16_load(kt + kvarn_zero_off (D, bits_k) + 2*d);
+                const double qd = (double) q[iq*D + d]*(double) scale;
+                qs[d] = qd*f16_load(kt + kvarn_scale_off(D, bits_k) + 2*d);
+                qz   += qd*f16_load(kt + kvarn_zero_off (D, bits_k) + 2*d);
             }
             double tile_max = max;
             for (int t = 0; t < G; ++t) {
@@ -643,7 +570,7 @@ void kvarn_attend_ref(int bits_k, int bits_v, int D, int n_q, int n_tiles, const
                 for (int d = 0; d < D; ++d) {
                     s += qs[d]*code_at(bits_k, G, d, t, kt);
                 }
-                p[t] = s*(double) f16_load(kt + kvarn_token_off(D, bits_k) + 2*t)*(double) scale;
+                p[t] = s*f16_load(kt + kvarn_token_off(D, bits_k) + 2*t);
                 tile_max = p[t] > tile_max ? p[t] : tile_max;
             }
             const double shrink = exp(max - tile_max);
@@ -653,7 +580,7 @@ void kvarn_attend_ref(int bits_k, int bits_v, int D, int n_q, int n_tiles, const
             for (int t = 0; t < G; ++t) {
                 p[t]  = exp(p[t] - max);
                 sum  += p[t];
-                p[t] *= (double) f16_load(vt + kvarn_token_off(D, bits_v) + 2*t);
+                p[t] *= f16_load(vt + kvarn_token_off(D, bits_v) + 2*t);
                 pz   += p[t];
             }
             for (int d = 0; d < D; ++d) {
@@ -661,12 +588,12 @@ void kvarn_attend_ref(int bits_k, int bits_v, int D, int n_q, int n_tiles, const
                 for (int t = 0; t < G; ++t) {
                     s += p[t]*code_at(bits_v, D, t, d, vt);
                 }
-                acc[d] = acc[d]*shrink + s*(double) f16_load(vt + kvarn_scale_off(D, bits_v) + 2*d)
-                                       + pz*(double) f16_load(vt + kvarn_zero_off(D, bits_v) + 2*d);
+                acc[d] = acc[d]*shrink + s*f16_load(vt + kvarn_scale_off(D, bits_v) + 2*d)
+                                       + pz*f16_load(vt + kvarn_zero_off(D, bits_v) + 2*d);
             }
         }
         for (int d = 0; d < D; ++d) {
-            out[iq*D + d] = sum > 0.0 ? (float) (acc[d]/sum) : 0.0f;
+            out[iq*D + d] = n_tiles > 0 ? (float) (acc[d]/sum) : 0.0f;
         }
     }
 }
