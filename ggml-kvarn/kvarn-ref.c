@@ -1,5 +1,5 @@
 // kvarn-ref.c - the values of a KVarN tile: this file defines what seal, unseal and attend compute.
-// Plain C11. Every backend and python/kvarn/reference.py must give the same tile bytes, so the order of every sum is part of the definition:
+// Plain C11. Every backend and reference.py must give the same tile bytes, so the order of every sum is part of the definition:
 //   sums over tokens    f32, one accumulator per channel, t = 0, 1, .. 127
 //   sums over channels  f32, 16 lanes: lane j adds d = j, j + 16, ..; then lanes j and j + 8, j and j + 4, j and j + 2, 0 and 1
 // Only + - * / and sqrt of f32, each rounded to nearest even by itself: no fused multiply-add, no fast-math.
@@ -139,7 +139,7 @@ KVARN_INLINE float sanitized(float v) {
 }
 
 // Step 1. y = x/rms with NaN as 0 and the rest clamped; returns rms, or 0 for a tile that counts as zero.
-KVARN_INLINE float seal_prepare(int D, const float * restrict x, float * restrict y, const float * restrict one, float * restrict sum2) {
+KVARN_INLINE float seal_prepare(int D, const float * restrict x, float * restrict y, const float * one, float * restrict sum2) {
     memset(sum2, 0, (size_t) D*sizeof(float));
     for (int t = 0; t < G; ++t) {
         for (int d = 0; d < D; ++d) {
@@ -159,9 +159,9 @@ KVARN_INLINE float seal_prepare(int D, const float * restrict x, float * restric
     return rms;
 }
 
-// Step 2. Variance normalization: token scales tok such that in y[t][d]/tok[t]/channel scale all tokens and channels have the same spread.
-// Token scales for no channel scale, channel scales for these, token scales for those. The channel scales end here: scale and zero absorb them.
-KVARN_INLINE void seal_normalize(int D, const float * restrict y, const float * restrict one, float * restrict tok, float * restrict vec) {
+// Step 2. Variance normalization: in y[t][d]/tok[t]/(channel scale) all tokens and all channels have the same spread, nearly.
+// Token scales alone, channel scales for these, token scales for those. The channel scales end here: scale and zero absorb them.
+KVARN_INLINE void seal_normalize(int D, const float * restrict y, const float * one, float * restrict tok, float * vec) {
     float * restrict rc   = vec;           // 1/channel scale
     float * restrict v    = vec + D;
     float * restrict ref  = vec + 2*D;     // about the channel's mean: keeps the sums of squares small
@@ -211,8 +211,8 @@ KVARN_INLINE float reciprocal(float v) { return v > TINY ? 1.0f/v : 0.0f; }
 //   y[t][d] ~ tok[t]*((code - h)*scale[d] + mid[d]),   h = half of the largest code
 // With refit, each token's scale is first replaced by the least-squares one for the codes just found.
 //   fit   out: [5][D], sums over t of (tok*(code - h))^2, tok^2*(code - h), tok*(code - h)*y, tok*y, and once tok^2
-KVARN_INLINE void seal_walk(int D, float L, int refit, const float * restrict y, float * restrict tok, const float * restrict scale,
-                            const float * restrict mid, float * restrict vec, float * restrict fit) {
+KVARN_INLINE void seal_walk(int D, float L, int refit, const float * restrict y, float * restrict tok,
+                            const float * restrict scale, const float * restrict mid, float * vec, float * fit) {
     float * restrict inv = vec;
     float * restrict off = vec + D;
     float * restrict q   = vec + 2*D;
@@ -268,8 +268,8 @@ KVARN_INLINE float fit_mid(int D, const float * fit, int d, float scale) {
 
 // Step 4. Scale and mid of each channel: the best of some ranges, then rounds of alternating least squares with the token scales.
 // On return scale and mid are f32; fit holds the sums of the last walk.
-KVARN_INLINE void seal_fit(int D, int bits, const float * restrict y, float * restrict tok, float * restrict scale, float * restrict mid,
-                           float * restrict vec, float * restrict fit) {
+KVARN_INLINE void seal_fit(int D, int bits, const float * restrict y, float * restrict tok, float * restrict scale,
+                           float * restrict mid, float * vec, float * fit) {
     const float L = (float) ((1 << bits) - 1);
     float * restrict lo   = vec;
     float * restrict hi   = vec + D;
@@ -314,8 +314,9 @@ KVARN_INLINE void seal_fit(int D, int bits, const float * restrict y, float * re
 // Step 5. Scale and zero to f16, codes for exactly these, token scales for exactly those.
 //   keys     y.y/y.c: a key keeps its length along itself, so that scores do not shrink; least squares where y and c hardly agree
 //   values   y.c/c.c: least squares
-KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float * restrict y, float * restrict tok, float * restrict scale,
-                             float * restrict mid, float * restrict vec, float * restrict fit, uint8_t * restrict code, uint8_t * tile) {
+KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float * restrict y, float * restrict tok,
+                             float * restrict scale, const float * restrict mid, float * vec, const float * restrict fit,
+                             uint8_t * restrict code, uint8_t * tile) {
     const float L = (float) ((1 << bits) - 1);
     const float h = 0.5f*L;
     float * restrict inv  = vec;
@@ -334,7 +335,7 @@ KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float *
     }
     int e;
     (void) frexpf(t_max, &e);
-    float f = ldexpf(1.0f, e);             // power of two that moves to scale and zero: the largest token scale ends between 0.5 and 1
+    float f = ldexpf(1.0f, e);             // power of two that moves to scale and zero: leaves token scales of 1 at most
     while (c_max*rms*f > X_MAX) {          // unless scale or zero would leave f16
         f *= 0.5f;
     }
@@ -380,7 +381,7 @@ KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float *
     }
 }
 
-// --- codes to bytes and back, one group of four contracted indices at a time: w[f] holds their codes for free index f, one per byte ---
+// --- codes to bytes and back: one group of four contracted indices, whose codes for free index f are the bytes of w[f] ---
 
 // where byte k of a word in memory lies inside its integer value
 KVARN_INLINE int byte_shift(int k) {
@@ -465,13 +466,8 @@ int kvarn_seal_scratch(int D) { return G*D + VECTORS*D + G*D/4; }
 
 KVARN_CLONES
 void kvarn_seal_ref(int side, int bits, int D, const float * x, uint8_t * tile, float * scratch) {
-    float   * y     = scratch;
-    float   * scale = y + G*D;
-    float   * mid   = scale + D;
-    float   * one   = mid + D;
-    float   * fit   = one + D;
-    float   * vec   = fit + 5*D;
-    uint8_t * code  = (uint8_t *) (y + G*D + VECTORS*D);
+    float * y = scratch, * scale = y + G*D, * mid = scale + D, * one = mid + D, * fit = one + D, * vec = fit + 5*D;
+    uint8_t * code = (uint8_t *) (y + G*D + VECTORS*D);
     float tok[G];
 
     for (int d = 0; d < D; ++d) { one[d] = 1.0f; }
