@@ -7,6 +7,7 @@ SPDX-License-Identifier: MIT
 
 import importlib.util
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,12 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def why_no_llama() -> str:
+    """"" once the patched libraries are loaded: before any test imports llama_cpp, which takes its libraries at that moment."""
     if importlib.util.find_spec("llama_cpp") is None:
         return "llama-cpp-python is not installed: `make test` sets everything up"
     try:
         import kvarn
 
-        kvarn.lib_path()
+        kvarn.load()
     except ImportError as error:
         return str(error)
     return ""
@@ -86,5 +88,21 @@ def tiny(tmp_path_factory):
             name = "-".join(str(part).replace("'", "").strip("()").replace(", ", "=") for part in key)
             made[key] = str(tiny_model.write(folder / f"{name}.gguf", arch, head_dim, **settings))
         return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def generated(tmp_path_factory):
+    """generated("qwen35") -> path of the model of that architecture that upstream's test-llama-archs makes."""
+    if upstream_bin() is None:
+        pytest.skip("upstream's tests, which make this model, are not built: `make test`, or -DKVARN_BUILD_TESTS=ON")
+    folder = tmp_path_factory.mktemp("generated")
+
+    def make(arch: str) -> str:
+        if not list(folder.glob(f"{arch}-*.gguf")):
+            subprocess.run([upstream_bin()/"test-llama-archs", "-o", folder, "-s", "1", "-a", f"^{arch}$"], check=True,
+                           capture_output=True)
+        return str(next(folder.glob(f"{arch}-*.gguf")))
 
     return make
