@@ -1,11 +1,13 @@
 # Two commands: `make demo` and `make test`. Both set everything up in .venv first; a second run only redoes what changed.
-# PYTHON picks the interpreter; CMAKE_ARGS reaches the build (CMAKE_ARGS="-DGGML_CUDA=on" make demo).
+# PYTHON picks the interpreter, CMAKE_ARGS reaches the build (CMAKE_ARGS="-DGGML_CUDA=on" make demo), ARGS kvarn demo or pytest
+# (make test ARGS="-m 'not slow'").
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
+ARGS   ?=
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := CMakeLists.txt pyproject.toml $(shell find ggml-kvarn python/kvarn -type f -not -path '*/__pycache__/*')
@@ -13,10 +15,10 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find ggml-kvarn python/kvarn -t
 .PHONY: demo test setup check-tools clean
 
 demo: .venv/installed
-	@$(BIN)/kvarn demo
+	@$(BIN)/kvarn demo $(ARGS)
 
 test: .venv/tests-installed
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(ARGS)
 
 setup: .venv/installed
 

@@ -148,7 +148,7 @@ def load() -> Library:
 def _load() -> Library:
     folder = lib_path()
     binding = sys.modules.get("llama_cpp.llama_cpp")
-    if binding is not None and Path(binding._lib._name).resolve().parent != folder.resolve():
+    if binding is not None and Path(binding._lib._name).parent.resolve() != folder.resolve():
         raise ImportError(f"llama_cpp was imported before kvarn and has loaded {binding._lib._name}; "
                           "put `from kvarn import Llama` (or kvarn.load()) before the first `import llama_cpp`")
     check_version()

@@ -7,6 +7,7 @@
 SPDX-License-Identifier: MIT
 """
 
+import contextlib
 import ctypes
 import re
 from typing import NamedTuple
@@ -70,7 +71,7 @@ def read_size(lines: "list[str]") -> KVSize:
             total["tail"] += float(tail.group(1))
         if size:
             for which, name, mib in (("keys", size.group(4), size.group(5)), ("values", size.group(6), size.group(7))):
-                bits, spare = sides[which] if kvtype.is_kvarn(name) else (bits_of(name), 1.0)
+                bits, spare = sides.get(which, (16.0, 1.0)) if kvtype.is_kvarn(name) else (bits_of(name), 1.0)
                 total[which] += float(mib)
                 total["f16"] += float(mib)*16/bits/spare
             if not kvtype.is_kvarn(keys, values):
@@ -98,6 +99,8 @@ class Llama(llama_cpp.Llama):
     flash_attn  None: on where a type needs it
     swa_full    None: off with kvarn types, else llama.cpp's default
     """
+
+    _stack = contextlib.ExitStack()  # what close() asks for when __init__ refused before it got its own
 
     def __init__(self, model_path: str, *, kv_type: "str | None" = None, type_k: "str | int | None" = None,
                  type_v: "str | int | None" = None, flash_attn: "bool | None" = None, swa_full: "bool | None" = None,
@@ -157,7 +160,7 @@ class Llama(llama_cpp.Llama):
         buffer = (ctypes.c_uint8*state.llama_state_size).from_buffer_copy(state.llama_state)
         with CapturedLog(self.verbose) as log:
             taken = llama_cpp.llama_state_set_data(self._ctx.ctx, buffer, state.llama_state_size)
-        if taken != state.llama_state_size:
+        if taken != state.llama_state_size or not taken:
             self.reset()
             raise RuntimeError("the state does not fit this context: "
                                + (log.reason() or "another model, cache type or n_ctx, or damaged data"))
