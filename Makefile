@@ -25,13 +25,13 @@ setup: .venv/installed
 # one line per missing tool, before anything is downloaded
 check-tools:
 	@missing=
-	need() { command -v "$$1" > /dev/null || { echo "missing: $$1; on Debian or Ubuntu: apt-get install $$2"; missing=1; }; }
-	need "$(PYTHON)" python3
-	need g++ g++
-	need cmake cmake
-	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 9))' || { echo "too old: $(PYTHON); Python 3.9 is needed"; missing=1; }
-	"$(PYTHON)" -c 'import venv, ensurepip' 2> /dev/null \
-		|| { echo "missing: the venv module of $(PYTHON); on Debian or Ubuntu: apt-get install python3-venv"; missing=1; }
+	lack() { echo "missing: $$1; on Debian or Ubuntu: apt-get install $$2"; missing=1; }
+	command -v g++ > /dev/null || lack g++ g++
+	command -v cmake > /dev/null || lack cmake cmake
+	if ! command -v "$(PYTHON)" > /dev/null; then lack "$(PYTHON)" python3-venv
+	elif ! "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 9))'; then echo "too old: $(PYTHON); Python 3.9 is needed"; missing=1
+	elif ! "$(PYTHON)" -c 'import venv, ensurepip' 2> /dev/null; then lack "the venv module of $(PYTHON)" python3-venv
+	fi
 	[ -z "$$missing" ]
 
 # llama-cpp-python comes from the same archive as llama.cpp, without its own copy of the libraries. --no-cache-dir: pip must not
