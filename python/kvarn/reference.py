@@ -103,19 +103,13 @@ def unseal(tile, side, bits, D):
 
 
 def _over_tokens(a):
-    """Sum of f32 [128, D] over t = 0, 1, .. 127, one after the other -> f32 [D] (or a scalar for [128])."""
-    total = np.zeros_like(a[0])
-    for row in a:
-        total = total + row
-    return total
+    """Sum of f32 [128, ..] over t = 0, 1, .. 127, one after the other (cumsum does that, sum need not)."""
+    return np.cumsum(a, axis=0, dtype=F32)[-1]
 
 
 def _over_channels(a):
     """Sum of f32 [.., D] over d: 16 lanes, lane j adds d = j, j + 16, ..; then the upper half of the lanes onto the lower."""
-    a = a.reshape(*a.shape[:-1], -1, 16)
-    lanes = np.zeros_like(a[..., 0, :])
-    for n in range(a.shape[-2]):
-        lanes = lanes + a[..., n, :]
+    lanes = np.cumsum(a.reshape(*a.shape[:-1], -1, 16), axis=-2, dtype=F32)[..., -1, :]
     while lanes.shape[-1] > 1:
         half = lanes.shape[-1] // 2
         lanes = lanes[..., :half] + lanes[..., half:]
