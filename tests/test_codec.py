@@ -77,7 +77,8 @@ def differences(mine, theirs, side, bits, D) -> str:
     found = []
     for name, a, b in zip(("code", "scale", "zero", "token"), *(reference.unpack(t, side, bits, D) for t in (mine, theirs))):
         for at in np.argwhere(a != b)[:3]:
-            where = "token %d channel %d" % tuple(at) if name == "code" else f"{'token' if name == 'token' else 'channel'} {at[0]}"
+            axes = {"code": ("token", "channel"), "token": ("token",)}.get(name, ("channel",))
+            where = " ".join(f"{axis} {n}" for axis, n in zip(axes, at))
             x, y = a[tuple(at)], b[tuple(at)]
             bits_differ = int(x) ^ int(y) if name == "code" else int(x.view(np.uint16)) ^ int(y.view(np.uint16))
             found.append(f"{name} at {where}: C {x}, numpy {y}, bits {bits_differ:#x}")
@@ -102,8 +103,9 @@ def test_c_and_numpy_give_the_same_bytes(name, D):
             assert not (wrong := differences(tile, expected, side, bits, D)), f"{name}, D = {D}, {side}, {bits} bits: {wrong}"
             y, z = codec.unseal(tile, side, bits), reference.unseal(tile, side, bits, D)
             same = y.view(np.uint32) == z.view(np.uint32)
-            assert same.all(), (f"{name}, D = {D}, {side}, {bits} bits: unseal differs at (token, channel) {np.argwhere(~same)[0]}: "
-                                f"C {y[~same][0]!r}, numpy {z[~same][0]!r}")
+            assert same.all(), (
+                f"{name}, D = {D}, {side}, {bits} bits: unseal differs at (token, channel) {np.argwhere(~same)[0]}: "
+                f"C {y[~same][0]!r}, numpy {z[~same][0]!r}")
 
 
 @pytest.mark.parametrize("name", TILES)
@@ -144,7 +146,8 @@ def test_nan_counts_as_zero_and_infinity_as_the_largest_f16():
 def test_constant_tile_by_hand(side, bits):
     """x = 3: rms = 3, y = 1. No token has a spread, so tok = 2^-10 and y/tok = 1024 everywhere: scale = 0, mid = 1024.
 
-    tok = 2^-10 = 0.5*2^-9, so 2^-9 moves: zero = 1024*3*2^-9 = 6, all codes 0. Token scales: y.v/v.v = y.y/y.v = 1/6, times rms = 0.5.
+    tok = 2^-10 = 0.5*2^-9, so 2^-9 moves: zero = 1024*3*2^-9 = 6, all codes 0.
+    Token scales: y.v/v.v = y.y/y.v = 1/6, times rms = 0.5.
     """
     D = 16
     expected = bytes(D * G * bits // 8) + D * b"\x00\x00" + D * b"\x00\x46" + G * b"\x00\x38"  # f16 0, 6.0, 0.5
@@ -156,7 +159,11 @@ def test_constant_tile_by_hand(side, bits):
 def test_worked_tile_of_format_md(root):
     """code(t,d) = (t + d) mod 2^bits, scale 1, zero -1, token 0.5; FORMAT.md derives the first words."""
     D = 128
-    words = {2: ["00 55 aa ff", "55 aa ff 00"], 3: ["00 09 52 5b", "00 89 12 9b", "00 49 92 db"], 4: ["00 11 22 33", "11 22 33 44"]}
+    words = {
+        2: ["00 55 aa ff", "55 aa ff 00"],
+        3: ["00 09 52 5b", "00 89 12 9b", "00 49 92 db"],
+        4: ["00 11 22 33", "11 22 33 44"],
+    }
     apart = {2: 4, 3: 64, 4: 4}  # bytes between these words: the next word, or the next plane of 16 words
     text = (root / "ggml-kvarn/FORMAT.md").read_text()
     t, d = np.ogrid[:G, :D]
@@ -193,7 +200,7 @@ def test_golden_tiles(root):
     table = "\n".join(["| D | bits | keys | values |", "|---|---|---|---|", *rows])
     text = (root / "ggml-kvarn/FORMAT.md").read_text()
     written = re.search(r"<!-- golden: begin.*?-->\n(.*?)<!-- golden: end", text, re.DOTALL).group(1).strip()
-    assert written == table, f"the values of a tile changed; if that is wanted, put this between the golden marks of FORMAT.md:\n{table}"
+    assert written == table, f"the values of a tile changed; if that is wanted, put this between the marks of FORMAT.md:\n{table}"
 
 
 @pytest.mark.parametrize("bits_k", BITS)

@@ -43,7 +43,8 @@ class Header:
     """kvarn-format.h, compiled."""
 
     def __init__(self, root, folder):
-        compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name and (found := shutil.which(name))), None)
+        names = [name for name in (os.environ.get("CC"), "cc", "gcc", "clang") if name]
+        compiler = next(filter(None, map(shutil.which, names)), None)
         assert compiler, "no C compiler (cc, gcc, clang or $CC) to compile kvarn-format.h with"
         (folder / "probe.c").write_text(PROBE)
         flags = ["-std=c11", "-O1", "-Wall", "-Wextra", "-pedantic", "-Werror", "-shared", "-fPIC"]

@@ -168,7 +168,7 @@ def test_attention_weights_are_a_mean():
 
 
 def test_paper_recipe_is_magnitude_dependent():
-    """The floor of its log scale: a tile of standard deviation 0.1 gets hardly any normalization. Why seal() divides by rms first."""
+    """The floor of its log scale: a tile of standard deviation 0.1 gets hardly any normalization. seal() divides by rms first."""
     rng = np.random.default_rng(5)
     x = rng.standard_normal((G, D)) * np.exp(0.6 * rng.standard_normal(D)) * np.exp(0.6 * rng.standard_normal((G, 1)))
     large, small = (error(x * f, reference.paper_quantize(x * f, "k", 4)) for f in (1.0, 0.05))

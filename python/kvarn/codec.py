@@ -4,8 +4,8 @@
     tiles = codec.seal(x, side="k", bits=4)     # x float32 [.., 128, D], rotated -> uint8 [.., tile_bytes(D, 4)]
     y = codec.unseal(tiles, side="k", bits=4)   # float32 [.., 128, D]
 
-A tile holds 128 tokens of one KV head; side is "k" or "v", bits 2, 3 or 4, D a multiple of 16 up to 512. ggml-kvarn/FORMAT.md says
-what the bytes mean, kvarn.reference is the same in plain numpy. The calls release the GIL. SPDX-License-Identifier: MIT
+A tile holds 128 tokens of one KV head; side is "k" or "v", bits 2, 3 or 4, D a multiple of 16 up to 512. What the bytes mean is
+in ggml-kvarn/FORMAT.md; kvarn.reference is the same in plain numpy. The calls release the GIL. SPDX-License-Identifier: MIT
 """
 
 import math

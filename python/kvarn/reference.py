@@ -16,9 +16,9 @@ seal() chooses them in these steps; y is x in units of its own root mean square,
     (6)  tok[t] = argmin sum_d (y - tok*v)^2 = y.v/v.v,  v[d] = (code - h)*scale + mid
     (7)  keys: token = y.y/y.v,  values: token = y.v/v.v,  v[d] = code*scale + zero
 
-(4) and (5) run for three shares of [min, max] of y/tok and the best fit of each channel stays; then (4), (6), (5) twice; then scale
-and zero become f16, (4) and (7) follow for these exact values. A least-squares key (6) is shorter than the key by its own noise,
-which flattens every softmax; (7) keeps the key's length along itself.
+(4) and (5) run for three shares of [min, max] of y/tok and the best fit of each channel stays; then (4), (6), (5) twice; then
+scale and zero become f16, (4) and (7) follow for these exact values. A least-squares key (6) is shorter than the key by its own
+noise, which flattens every softmax; (7) keeps the key's length along itself. SPDX-License-Identifier: MIT
 """
 
 import numpy as np
@@ -152,7 +152,7 @@ def _codes(y, tok_reciprocal, inv, off, L):
 
 
 def _fit(y, tok, q):
-    """(5) for q = code - h: scale, gain (what the scale takes off the squared error) and the sums that _mid needs; all f32 [D]."""
+    """(5) for q = code - h: scale, gain (what it takes off the squared error) and the sums that _mid needs; all f32 [D]."""
     w = tok[:, None]
     c = q * w
     cc, cw, cy, wy = (_over_tokens(a) for a in (c * c, c * w, c * y, w * y))
@@ -294,6 +294,7 @@ def paper_quantize(x, side, bits, iterations=16):
     lo, hi = W.min(axis=1), W.max(axis=1)
     s = np.maximum((hi - lo) / (2**bits - 1), 1e-10)
     code = np.clip(np.rint((W - lo[:, None]) / s[:, None]), 0, 2**bits - 1)
-    row_scale, row_zero, col_scale = (a.astype(np.float16).astype(float) for a in (np.exp(rows) * s, np.exp(rows) * lo, np.exp(cols)))
+    stored = np.exp(rows) * s, np.exp(rows) * lo, np.exp(cols)
+    row_scale, row_zero, col_scale = (a.astype(np.float16).astype(float) for a in stored)
     out = (code * row_scale[:, None] + row_zero[:, None]) * col_scale
     return out.T if side == "k" else out
