@@ -11,7 +11,7 @@ ARGS   ?=
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := CMakeLists.txt pyproject.toml $(shell find ggml-kvarn python/kvarn -type f -not -path '*/__pycache__/*') \
-           $(shell sed -n 's/ *->.*//p' ggml-kvarn/overlay.txt)
+           $(shell sed -n 's/^\([a-z].*[^ ]\) *->.*/\1/p' ggml-kvarn/overlay.txt)
 
 .PHONY: demo test setup check-tools clean
 
