@@ -124,6 +124,18 @@ void llama_kvarn::copy_pending() {
         copy_data(c);
     }
     copies.clear();
+
+    // rows of a side without tiles: the cache copies them itself in its update(), but not before a state is saved or restored
+    for (size_t i = 0; i < kv.sc_info.ssrc.size(); ++i) {
+        for (const auto & layer : kv.layers) {
+            for (const auto * streams : { &layer.k_stream, &layer.v_stream }) {
+                if ((*streams)[kv.sc_info.ssrc[i]]) {
+                    ggml_backend_tensor_copy((*streams)[kv.sc_info.ssrc[i]], (*streams)[kv.sc_info.sdst[i]]);
+                }
+            }
+        }
+    }
+    kv.sc_info = {};
 }
 
 bool llama_kvarn::has_update(bool optimize) {
@@ -156,13 +168,14 @@ void llama_kvarn::update(llama_context * lctx) {
 }
 
 // The rows of all tiles of an owner that have holes, moved together: what fills a tile is sealed, the rest is left open.
-// Afterwards an owner has at most one tile with free cells, so that spare tiles make up for all of them.
+// Afterwards an owner has less than one tile of cells that nobody can use, so that the spare tiles make up for them.
 bool llama_kvarn::compact(uint32_t strm, int32_t owner, bool is_trial) {
     auto & cells = kv.v_cells[strm];
 
     std::vector<uint32_t> from;   // tiles with holes
     std::vector<std::vector<uint32_t>> cells_of; // their cells in use
     std::vector<uint32_t> cells_from, cells_to;
+    bool is_open = false; // one of them takes tokens
 
     for (uint32_t tile = strm*n_tiles; tile < (strm + 1)*n_tiles; ++tile) {
         if (tiles[tile].state == FREE || tiles[tile].owner != owner || n_used(tile) == KVARN_G) {
@@ -170,6 +183,7 @@ bool llama_kvarn::compact(uint32_t strm, int32_t owner, bool is_trial) {
         }
         from.push_back(tile);
         cells_of.emplace_back();
+        is_open = is_open || tiles[tile].state == OPEN;
         for (uint32_t cell = tile%n_tiles*KVARN_G; cell < (tile%n_tiles + 1)*KVARN_G; ++cell) {
             if (!cells.is_empty(cell)) {
                 cells_of.back().push_back(cell);
@@ -180,8 +194,9 @@ bool llama_kvarn::compact(uint32_t strm, int32_t owner, bool is_trial) {
 
     const size_t n_rows = cells_from.size();
     const size_t n_to   = (n_rows + KVARN_G - 1)/KVARN_G;
-    if (is_trial || n_to >= from.size()) {
-        return n_to < from.size();
+    const bool is_useful = n_to < from.size() || (!is_open && n_rows%KVARN_G != 0);
+    if (is_trial || !is_useful) {
+        return is_useful;
     }
 
     LLAMA_LOG_DEBUG("kvarn: %zu tiles with %zu tokens become %zu\n", from.size(), n_rows, n_to);

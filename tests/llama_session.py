@@ -74,7 +74,8 @@ class Context:
 
     def __exit__(self, *details) -> None:
         llama_cpp.llama_batch_free(self.batch)
-        llama_cpp.llama_free(self.handle)
+        with CapturedLog(False):
+            llama_cpp.llama_free(self.handle)
 
     def try_decode(self, rows: "list[tuple[int, int, int]]", wanted: "set[int]" = frozenset()) -> int:
         """One batch of (token, position, sequence) rows; result of llama_decode. wanted: rows whose logits are needed."""
@@ -131,14 +132,15 @@ class Context:
 
     def save(self, sequence: "int | None" = None) -> bytes:
         """State of a sequence, or of everything."""
-        if sequence is None:
-            size = llama_cpp.llama_state_get_size(self.handle)
-            data = (ctypes.c_uint8*size)()
-            n = llama_cpp.llama_state_get_data(self.handle, data, size)
-        else:
-            size = llama_cpp.llama_state_seq_get_size(self.handle, sequence)
-            data = (ctypes.c_uint8*size)()
-            n = llama_cpp.llama_state_seq_get_data(self.handle, data, size, sequence)
+        with CapturedLog(False):
+            if sequence is None:
+                size = llama_cpp.llama_state_get_size(self.handle)
+                data = (ctypes.c_uint8*size)()
+                n = llama_cpp.llama_state_get_data(self.handle, data, size)
+            else:
+                size = llama_cpp.llama_state_seq_get_size(self.handle, sequence)
+                data = (ctypes.c_uint8*size)()
+                n = llama_cpp.llama_state_seq_get_data(self.handle, data, size, sequence)
         assert n == size, f"a state of {size} bytes was announced, {n} were written"
         return bytes(data)
 
