@@ -167,6 +167,6 @@ def run(args) -> int:
         return 1
     print()
     print(table(runs, tasks))
-    print(f"\n{args.threads} threads, {time.monotonic() - started:.0f} s. KV MiB: all that was allocated for {N_CTX} tokens, with "
-          "kvarn's f16 tail; bits/value: the same, per value. tok/s: decoding only.")
+    print(f"\n{args.threads} threads, {time.monotonic() - started:.0f} s. KV MiB: what was allocated for {N_CTX} tokens, "
+          "with kvarn's f16 tail; bits/value: the same, per value. tok/s: decoding only.")
     return 0

@@ -56,7 +56,7 @@ def follow_build(log_path: str) -> int:
             if step:
                 part = int(step.group(1))/int(step.group(2) or 100)
                 bar.show(part, f"{int(time.monotonic() - started):4d} s  {step.group(3).split('/')[-1][:60]}")
-            elif "kvarn: " in line:
+            elif line.lstrip().startswith("kvarn: "):
                 bar.close(line.strip())
     if not installed:
         with open(log_path, encoding="utf-8", errors="replace") as log:
