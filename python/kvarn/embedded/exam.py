@@ -10,9 +10,10 @@ SPDX-License-Identifier: MIT
 import argparse
 import multiprocessing as mp
 import os
-import sys
 import time
 from typing import NamedTuple
+
+from kvarn.progress import Bar
 
 from . import Problem, Score, check, families, path, problems
 
@@ -45,12 +46,6 @@ def answer(problem: Problem) -> Outcome:
     return Outcome(problem.family, len(problem.answer), check(problem, text))
 
 
-def show_progress(done: int, total: int, tokens: int, start: float) -> None:
-    seconds = time.monotonic() - start
-    line = f"{done}/{total} problems, {tokens / seconds:.0f} tokens/s, {seconds * (total - done) / done:.0f} s left"
-    print(f"\r{line:<70}", end="", file=sys.stderr, flush=True)
-
-
 def table(outcomes: "list[Outcome]") -> str:
     lines = ["| family | exact | steps right | answer tokens |", "|---|---|---|---|"]
     for family in families:
@@ -73,12 +68,14 @@ def main() -> None:
     ap.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     args = ap.parse_args()
     work = [p for f in args.families for p in problems(f, args.n, args.seed, args.smallest, args.largest)]
-    outcomes, start = [], time.monotonic()
+    outcomes, start, bar = [], time.monotonic(), Bar(f"exam {args.kv}")
     with mp.get_context("spawn").Pool(args.jobs, start_worker, (args.kv,)) as pool:
         for outcome in pool.imap_unordered(answer, work):
             outcomes.append(outcome)
-            show_progress(len(outcomes), len(work), sum(o.answer_size for o in outcomes), start)
-    print(file=sys.stderr)
+            tokens, seconds = sum(o.answer_size for o in outcomes), time.monotonic() - start
+            left = seconds * (len(work) - len(outcomes)) / len(outcomes)
+            bar.show(len(outcomes) / len(work), f"{len(outcomes)}/{len(work)}  {tokens / seconds:.0f} tok/s  {left:.0f} s to go")
+    bar.close(f"{len(outcomes)} problems in {time.monotonic() - start:.0f} s")
     print(table(outcomes))
 
 
