@@ -3,11 +3,12 @@
 // SPDX-License-Identifier: MIT
 //
 //   magic, what describe() says, number of streams, then per stream:
-//     number of sealed and of open tiles; per sealed tile its owner and which cells count, per open tile its owner and how many
-//     per cell: position, sequences, extra data of the model
+//     a record (size, hash, bytes):
+//       number of sealed and of open tiles; per sealed tile its owner and which cells count, per open tile its owner and how many
+//       per cell: position, sequences, extra data of the model
 //     keys of every layer, then values: the sealed tiles, then the rows of the open ones
 //
-// Readers trust nothing: a state of another build, model or type is refused before anything changes.
+// Readers trust nothing: a state of another build, model or type, or with a damaged record, is refused before anything changes.
 
 #include "kvarn-cache.h"
 
@@ -16,10 +17,11 @@
 #include "llama-io.h"
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 
 static const uint32_t KVARN_STATE_MAGIC    = 0x4e52564b; // "KVRN"
-static const uint32_t KVARN_STATE_VERSION  = 1;
+static const uint32_t KVARN_STATE_VERSION  = 2;
 static const uint32_t KVARN_STATE_TEXT_MAX = 1 << 16;
 
 static void kvarn_state_fail(const std::string & what) {
@@ -35,6 +37,59 @@ template <typename T> static T kvarn_read(llama_io_read_i & io) {
     io.read(&value, sizeof(value));
     return value;
 }
+
+// what a state says about the tiles and cells of a stream
+class kvarn_record {
+public:
+    template <typename T> void put(const T & value) {
+        const uint8_t * src = (const uint8_t *) &value;
+        bytes.insert(bytes.end(), src, src + sizeof(value));
+    }
+
+    template <typename T> T get() {
+        T value;
+        if (bytes.size() - pos < sizeof(value)) {
+            kvarn_state_fail("it is damaged");
+        }
+        memcpy(&value, bytes.data() + pos, sizeof(value));
+        pos += sizeof(value);
+        return value;
+    }
+
+    bool is_read() const { return pos == bytes.size(); }
+
+    void write(llama_io_write_i & io) const {
+        kvarn_write(io, (uint64_t) bytes.size());
+        kvarn_write(io, hash());
+        io.write(bytes.data(), bytes.size());
+    }
+
+    // the size is checked before memory is taken: no record needs more than max_size
+    void read(llama_io_read_i & io, size_t max_size) {
+        const uint64_t size = kvarn_read<uint64_t>(io);
+        const uint64_t sum  = kvarn_read<uint64_t>(io);
+        if (size > max_size) {
+            kvarn_state_fail("it is damaged, or needs a larger n_ctx");
+        }
+        bytes.resize(size);
+        io.read(bytes.data(), size);
+        if (sum != hash()) {
+            kvarn_state_fail("it is damaged");
+        }
+    }
+
+private:
+    uint64_t hash() const { // FNV-1a
+        uint64_t res = 0xcbf29ce484222325;
+        for (uint8_t byte : bytes) {
+            res = (res ^ byte)*0x100000001b3;
+        }
+        return res;
+    }
+
+    std::vector<uint8_t> bytes;
+    size_t pos = 0;
+};
 
 // cells of one tile: a whole sealed tile, or a run of rows of an open one
 struct kvarn_piece {
@@ -133,17 +188,18 @@ void llama_kvarn::write_stream(llama_io_write_i & io, uint32_t strm, llama_seq_i
     std::vector<kvarn_piece> pieces;
     std::vector<uint32_t>    order; // of the cells
 
-    kvarn_write(io, (uint32_t) groups[1].size());
-    kvarn_write(io, (uint32_t) groups[0].size());
+    kvarn_record record;
+    record.put((uint32_t) groups[1].size());
+    record.put((uint32_t) groups[0].size());
     for (int is_sealed : { 1, 0 }) {
         for (const auto & g : groups[is_sealed]) {
             // a sequence may be restored as another one, whose tiles it then shares
-            kvarn_write(io, seq_id == -1 ? tiles[g.tile].owner : 0);
+            record.put(seq_id == -1 ? tiles[g.tile].owner : 0);
             if (is_sealed) {
-                kvarn_write(io, g.mask);
+                record.put(g.mask);
                 pieces.push_back({ true, g.tile, 0, KVARN_G });
             } else {
-                kvarn_write(io, g.n);
+                record.put(g.n);
             }
             for (uint32_t row = 0; row < KVARN_G; ++row) {
                 if (g.mask[row/64] >> row%64 & 1) {
@@ -163,14 +219,17 @@ void llama_kvarn::write_stream(llama_io_write_i & io, uint32_t strm, llama_seq_i
                 seq_ids.push_back(cur);
             }
         }
-        kvarn_write(io, cells.pos_get(cell));
-        kvarn_write(io, (uint32_t) seq_ids.size());
+        record.put(cells.pos_get(cell));
+        record.put((uint32_t) seq_ids.size());
         if (kv.has_cell_ext()) {
-            kvarn_write(io, cells.ext_get(cell));
+            record.put(cells.ext_get(cell));
         }
-        io.write(seq_ids.data(), seq_ids.size()*sizeof(llama_seq_id));
+        for (llama_seq_id id : seq_ids) {
+            record.put(id);
+        }
     }
 
+    record.write(io);
     for_each_part(pieces, [&](ggml_tensor * tensor, size_t offset, size_t size) { io.write_tensor(tensor, offset, size); });
 }
 
@@ -218,10 +277,18 @@ void llama_kvarn::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
 void llama_kvarn::read_stream(llama_io_read_i & io, uint32_t strm, llama_seq_id seq_id) {
     auto & cells = kv.v_cells[strm];
 
-    const uint32_t n_sealed_groups = kvarn_read<uint32_t>(io);
-    const uint32_t n_open_groups   = kvarn_read<uint32_t>(io);
+    kvarn_record record;
+    record.read(io, 64 + (size_t) n_tiles*(64 + KVARN_G*(32 + kv.n_seq_max*sizeof(llama_seq_id))));
+
+    const auto no_room = [&]() {
+        kvarn_state_fail(format("it needs more room than the %u tokens that are free here; use a larger n_ctx",
+                n_user - std::min(n_user, cells.get_used())));
+    };
+
+    const uint32_t n_sealed_groups = record.get<uint32_t>();
+    const uint32_t n_open_groups   = record.get<uint32_t>();
     if (n_sealed_groups > n_tiles || n_open_groups > n_tiles) {
-        kvarn_state_fail(format("it holds %u sealed and %u open tiles, this cache has %u", n_sealed_groups, n_open_groups, n_tiles));
+        no_room();
     }
 
     std::vector<kvarn_piece> pieces;
@@ -230,15 +297,15 @@ void llama_kvarn::read_stream(llama_io_read_i & io, uint32_t strm, llama_seq_id 
 
     placer place(*this);
     for (uint32_t i = 0; i < n_sealed_groups + n_open_groups; ++i) {
-        const int32_t saved_owner = kvarn_read<int32_t>(io);
-        const int32_t owner = owner_of(strm, seq_id == -1 ? std::abs(saved_owner) : seq_id);
+        const int32_t saved_owner = record.get<int32_t>();
+        const int32_t owner = owner_of(strm, seq_id == -1 ? saved_owner & INT32_MAX : seq_id);
 
         if (i < n_sealed_groups) {
             const int32_t tile = place.next_free(strm);
             if (tile < 0) {
-                kvarn_state_fail("there are not enough free tiles");
+                no_room();
             }
-            const uint64_t mask[2] = { kvarn_read<uint64_t>(io), kvarn_read<uint64_t>(io) };
+            const uint64_t mask[2] = { record.get<uint64_t>(), record.get<uint64_t>() };
             pieces.push_back({ true, strm*n_tiles + tile, 0, KVARN_G });
             for (uint32_t row = 0; row < KVARN_G; ++row) {
                 if (mask[row/64] >> row%64 & 1) {
@@ -247,11 +314,11 @@ void llama_kvarn::read_stream(llama_io_read_i & io, uint32_t strm, llama_seq_id 
                 }
             }
         } else {
-            const uint32_t n = kvarn_read<uint32_t>(io);
+            const uint32_t n = record.get<uint32_t>();
             for (uint32_t j = 0; j < n; ++j) {
                 const int32_t cell = n <= KVARN_G ? place.next(strm, owner) : -1;
                 if (cell < 0) {
-                    kvarn_state_fail("there are not enough free tiles");
+                    no_room();
                 }
                 kvarn_add_rows(pieces, tile_index(strm, cell), cell%KVARN_G);
                 order.push_back(cell);
@@ -260,27 +327,31 @@ void llama_kvarn::read_stream(llama_io_read_i & io, uint32_t strm, llama_seq_id 
         }
     }
     if (cells.get_used() + order.size() > n_user || !place.fits()) {
-        kvarn_state_fail(format("it holds %zu tokens, this cache has room for %u", order.size(), n_user - std::min(n_user, cells.get_used())));
+        no_room();
     }
 
     struct cell_data { llama_pos pos; llama_kv_cell_ext ext; std::vector<llama_seq_id> seq_ids; };
     std::vector<cell_data> data(order.size());
     for (auto & c : data) {
-        c.pos = kvarn_read<llama_pos>(io);
-        const uint32_t n_seq_id = kvarn_read<uint32_t>(io);
+        c.pos = record.get<llama_pos>();
+        const uint32_t n_seq_id = record.get<uint32_t>();
         if (c.pos < 0 || n_seq_id == 0 || n_seq_id > kv.n_seq_max || (seq_id != -1 && n_seq_id != 1)) {
             kvarn_state_fail("it is damaged");
         }
         if (kv.has_cell_ext()) {
-            c.ext = kvarn_read<llama_kv_cell_ext>(io);
+            c.ext = record.get<llama_kv_cell_ext>();
         }
         for (uint32_t j = 0; j < n_seq_id; ++j) {
-            const llama_seq_id id = kvarn_read<llama_seq_id>(io);
+            const llama_seq_id id = record.get<llama_seq_id>();
             if (seq_id == -1 && (id < 0 || id >= (llama_seq_id) kv.n_seq_max)) {
                 kvarn_state_fail(format("sequence %d is out of range [0, %u)", id, kv.n_seq_max));
             }
             c.seq_ids.push_back(seq_id == -1 ? id : seq_id);
         }
+    }
+
+    if (!record.is_read()) {
+        kvarn_state_fail("it is damaged");
     }
 
     // all of it is understood: now the cells and tiles change

@@ -63,7 +63,7 @@ class Context:
         self.n_vocab, self.n_batch = vocabulary(path), n_batch
         with CapturedLog(False) as log:
             self.handle = llama_cpp.llama_init_from_model(model(path), params)
-        self.log = log.lines
+        self.log = self.creation_log = log.lines
         if not self.handle:
             raise Refused(log.errors)
         self.memory = llama_cpp.llama_get_memory(self.handle)
