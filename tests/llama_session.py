@@ -52,8 +52,9 @@ class Refused(RuntimeError):
 class Context:
     """with Context(path, "kvarn4", "kvarn2", n_ctx=1024) as context: ..."""
 
-    def __init__(self, path: str, keys: str = "f16", values: str = "f16", n_ctx: int = 1024, n_batch: int = 512, n_ubatch: int = 128,
-                 n_seq: int = 1, unified: bool = True, flash: "bool | None" = True, swa_full: bool = False, n_threads: int = 1):
+    def __init__(self, path: str, keys: str = "f16", values: str = "f16", n_ctx: int = 1024, n_batch: int = 512,
+                 n_ubatch: int = 128, n_seq: int = 1, unified: bool = True, flash: "bool | None" = True, swa_full: bool = False,
+                 n_threads: int = 1):
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_batch, n_ubatch, n_seq
         params.n_threads = params.n_threads_batch = n_threads

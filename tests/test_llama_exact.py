@@ -1,7 +1,7 @@
-"""test_llama_exact.py - everything around the quantizer is lossless: with exact tiles a kvarn cache computes what an f16 one does.
+"""test_llama_exact.py - all but the quantizer is lossless: with exact tiles a kvarn cache computes what an f16 one does.
 
-KVARN_TEST_EXACT=1 keeps f16 rows in the tiles, scrambled, and switches the rotation off. A token that is read from the wrong place,
-too early or from a tile of another sequence then changes the numbers, and nothing else does.
+KVARN_TEST_EXACT=1 keeps f16 rows in the tiles, scrambled, and switches the rotation off. A token that is read from the wrong
+place, too early or from a tile of another sequence then changes the numbers, and nothing else does.
 
 SPDX-License-Identifier: MIT
 """
@@ -52,7 +52,8 @@ def check_same(path: str, keys: str, values: str, n_text: int = N_TEXT, **settin
     ours, our_logits, our_reused = run(path, keys, values, n_text, **settings)
     assert ours == text
     differing = (our_logits != logits).any(axis=1).nonzero()[0]
-    assert not differing.size, f"{len(differing)} of {len(logits)} rows of logits differ, first after token {N_PROMPT + differing[0]}"
+    assert not differing.size, \
+        f"{len(differing)} of {len(logits)} rows of logits differ, first after token {N_PROMPT + differing[0]}"
     assert our_reused == n_reused > n_text/2
 
 
@@ -120,7 +121,8 @@ def text(tmp_path_factory):
 
 def perplexity(bin_dir, path: str, text, keys: str, values: str, options: str) -> str:
     """The last line of llama-perplexity: mean and error, as printed."""
-    command = [bin_dir/"llama-perplexity", "-m", path, "-f", text, "-fa", "on", "-t", "1", "--chunks", "5", "-ctk", keys, "-ctv", values]
+    command = [bin_dir/"llama-perplexity", "-m", path, "-f", text, "-fa", "on", "-t", "1", "--chunks", "5",
+               "-ctk", keys, "-ctv", values]
     for _ in range(N_TRIES):
         done = subprocess.run([*map(str, command), *options.split()], capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""test_llama_refusals.py - what cannot work is refused with one line that says what, and the context goes on as if nothing had been.
+"""test_llama_refusals.py - what cannot work is refused with one line that says what; the context goes on as before.
 
 SPDX-License-Identifier: MIT
 """
@@ -183,7 +183,7 @@ def test_state_cut_short_of_models_with_two_memories(generated, arch):
 
 
 class Layout(NamedTuple):
-    """Where a state describes its data: magic, text and number of streams, then the record (size, hash, bytes) of the only stream."""
+    """Where a state describes its data: magic, text, number of streams, then the record (size, hash, bytes) of its stream."""
 
     start: int
     record: int

@@ -300,6 +300,29 @@ def test_real_tiles(tiny, monkeypatch, unified):
     assert ours <= REAL_FACTOR*fresh
 
 
+def test_more_sequences_than_owners(tiny, monkeypatch):
+    """Twelve sequences of a unified cache share eight owners' tiles: fed in turns, cut, and fed again."""
+    monkeypatch.setenv("KVARN_TEST_EXACT", "1")
+    path, n_seq, rng = tiny(head_dim=64), 12, random.Random(8)
+    histories = [History() for _ in range(n_seq)]
+    with session.Context(path, "kvarn4", "kvarn2", n_ctx=2560, n_seq=n_seq) as context:
+        for n in (70, 1, 90):
+            rows = []
+            for s, history in enumerate(histories):
+                position, tokens = history.next(), [rng.randrange(3, 259) for _ in range(n)]
+                history.feed(position, tokens)
+                rows += [(token, position + i, s) for i, token in enumerate(tokens)]
+            rows.sort(key=lambda row: row[1])
+            for start in range(0, len(rows), MAX_BATCH):
+                context.decode(rows[start:start + MAX_BATCH])
+            for s in range(0, n_seq, 2):
+                histories[s] = histories[s].until(60)
+                context.remove(s, 60)
+        for s, history in enumerate(histories):
+            wanted = history.replay(path, "f16", "f16", 5, 128)
+            assert session.nmse(wanted, context.feed([5], history.next(), s)) < EXACT_WORST
+
+
 # ------------------------------------------------------------------------------------- no room but in holes: compaction
 
 
@@ -313,7 +336,7 @@ def test_nearly_full_with_holes(tiny, monkeypatch, keys, values, unified):
 
 
 def test_room_in_sealed_tiles_of_many_sequences(tiny, monkeypatch):
-    """Four sequences with two sealed tiles each that hold 129 tokens, as few as cannot be one tile; the rest of n_ctx is in use."""
+    """Four sequences with two sealed tiles each that hold 129 tokens, one too many for one tile; the rest of n_ctx is in use."""
     monkeypatch.setenv("KVARN_TEST_EXACT", "1")
     rng = random.Random(6)
     with session.Context(tiny(head_dim=64), "kvarn4", "kvarn4", n_ctx=2560, n_seq=4) as context:
