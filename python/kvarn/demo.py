@@ -16,7 +16,7 @@ from . import kvtype
 from .progress import Bar
 
 CACHES = ("f16", "q4_0", "kvarn4/kvarn2", "kvarn2")
-FAMILIES = ("hop", "vm", "sort", "bank", "dag")
+FAMILIES = ("hop", "vm", "sort", "bank", "fsm", "dag")
 SEED = 20261
 N_CTX = 16384      # what the embedded model was trained for; the sizes in the table are for it
 N_UBATCH = 128     # a smaller tail, the same for all caches
