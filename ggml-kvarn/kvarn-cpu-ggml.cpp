@@ -1,23 +1,45 @@
-// kvarn-cpu-ggml.cpp - GGML_OP_KVARN on the CPU backend: SEAL and GET, threaded over (tile, head).
-// Tile bytes are read and written by kvarn-ref.c only; here tensors become pointers.
+// kvarn-cpu-ggml.cpp - GGML_OP_KVARN on the CPU backend: SEAL and GET threaded over (tile, head), ATTN over (head, chunk of tiles).
+// Here tensors become pointers; tile bytes are read and written by kvarn-ref.c and the kernels behind kvarn-cpu.h.
 //
 // SPDX-License-Identifier: MIT
 
 #include "kvarn-graph.h"
+#include "kvarn-cpu.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 
-// floats of scratch per thread: one tile, and what sealing needs
-static size_t kvarn_scratch(const kvarn_shape & shape) {
-    const size_t n = (size_t) KVARN_G*shape.D + kvarn_seal_scratch(shape.D);
-    return (n + 15)/16*16; // keep the threads on separate cache lines
+// query vectors that share a KV head: its query heads, for every query row
+static int64_t kvarn_n_q(const ggml_tensor * attn, const kvarn_attn_shape & shape) {
+    return attn->ne[2]/shape.H;
+}
+
+// floats of scratch per thread, on cache lines of its own
+static size_t kvarn_scratch(const ggml_tensor * node) {
+    size_t n = 0;
+    switch (ggml_kvarn_get_op(node)) {
+        case KVARN_OP_SEAL:
+        case KVARN_OP_GET: {
+            const int D = ggml_kvarn_get_shape(node).D;
+            n = KVARN_G*D + kvarn_seal_scratch(D);
+        } break;
+        case KVARN_OP_ATTN: {
+            const kvarn_attn_shape shape = ggml_kvarn_get_attn_shape(node);
+            const int64_t n_rows = node->src[KVARN_SRC_Q]->ne[1];
+            n = kvarn_n_q(node, shape)*(shape.D[0] + shape.D[1] + KVARN_G + 2) + n_rows*KVARN_G + kvarn_cpu_scratch(KVARN_D_MAX);
+        } break;
+        case KVARN_OP_REDUCE:
+            break;
+    }
+    return (n + 15)/16*16;
 }
 
 size_t ggml_kvarn_work_size(const ggml_tensor * node, int n_tasks) {
-    return kvarn_scratch(ggml_kvarn_get_shape(node))*sizeof(float)*n_tasks;
+    return kvarn_scratch(node)*sizeof(float)*n_tasks;
 }
 
 static void kvarn_forward_seal(const ggml_compute_params * params, ggml_tensor * dst, const kvarn_shape & shape, float * scratch) {
@@ -86,13 +108,193 @@ static void kvarn_forward_get(const ggml_compute_params * params, ggml_tensor * 
     }
 }
 
-void ggml_compute_forward_kvarn(const ggml_compute_params * params, ggml_tensor * dst) {
-    const kvarn_shape shape = ggml_kvarn_get_shape(dst);
+// One side of one tile for one head: a sealed tile, or G rows of f16.
+struct kvarn_source {
+    const uint8_t     * tile = nullptr;
+    const ggml_fp16_t * rows = nullptr;
+    int64_t             stride = 0;
+};
 
-    float * scratch = (float *) params->wdata + kvarn_scratch(shape)*params->ith;
+static kvarn_source kvarn_find_source(const ggml_tensor * tiles, const ggml_tensor * rows, int D, int bits, int64_t where,
+                                      int64_t s0, int64_t s, int64_t i, int64_t n_tiles, int64_t h, int64_t H) {
+    kvarn_source res;
+    if (!tiles) { // an f16 cache, permuted: [D, n_kv, H, ns]
+        res.rows   = (const ggml_fp16_t *) ((const char *) rows->data + i*KVARN_G*rows->nb[1] + h*rows->nb[2] + s*rows->nb[3]);
+        res.stride = rows->nb[1]/sizeof(ggml_fp16_t);
+    } else if (where == KVARN_MAP_SEALED) {
+        res.tile   = (const uint8_t *) tiles->data + (((s0 + s)*n_tiles + i)*H + h)*kvarn_tile_size(D, bits);
+    } else {
+        GGML_ASSERT(where >= 0 && where < rows->ne[1]/KVARN_G);
+        res.rows   = (const ggml_fp16_t *) ((const char *) rows->data + where*KVARN_G*rows->nb[1]) + h*D;
+        res.stride = rows->nb[1]/sizeof(ggml_fp16_t);
+    }
+    return res;
+}
+
+static float kvarn_slope(float max_bias, int64_t head, int64_t n_head) {
+    if (max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    const int64_t n = (int64_t) 1 << (int) floor(log2(n_head)); // heads beyond a power of two lie between the others
+    return head < n ? powf(2.0f, -max_bias*(head + 1)/n) : powf(2.0f, -max_bias/2*(2*(head - n) + 1)/n);
+}
+
+// The query vectors of one KV head over one chunk of tiles: an online softmax, tile by tile.
+static void kvarn_attend_chunk(const kvarn_cpu_kernels * kernels, const ggml_tensor * dst, const kvarn_attn_shape & shape,
+                               int64_t s, int64_t h, int64_t c, float * scratch) {
+    const ggml_tensor * q     = dst->src[KVARN_SRC_Q];
+    const ggml_tensor * mask  = dst->src[KVARN_SRC_MASK];
+    const int64_t     * map   = (const int64_t *) dst->src[KVARN_SRC_PLAN]->data + shape.map_off + (shape.s0 + s)*shape.n_tiles;
+
+    const int64_t DK     = shape.D[KVARN_KEY];
+    const int64_t DV     = shape.D[KVARN_VALUE];
+    const int64_t n_rows = q->ne[1];
+    const int64_t n_head = q->ne[2];
+    const int64_t n_gqa  = n_head/shape.H;
+    const int64_t n_q    = n_rows*n_gqa;
+    const int64_t n_used = mask->ne[0]/KVARN_G;
+
+    float * qs  = scratch;
+    float * out = qs  + n_q*DK;
+    float * p   = out + n_q*DV;
+    float * max = p   + n_q*KVARN_G;
+    float * sum = max + n_q;
+    float * ms  = sum + n_q;
+    float * tmp = ms  + n_rows*KVARN_G;
+
+    const float scale = shape.softcap > 0.0f ? shape.scale/shape.softcap : shape.scale;
+    for (int64_t j = 0; j < n_q; ++j) {
+        const float * src = (const float *) ((const char *) q->data + j/n_gqa*q->nb[1] + (h*n_gqa + j%n_gqa)*q->nb[2] + s*q->nb[3]);
+        for (int64_t d = 0; d < DK; ++d) {
+            qs[j*DK + d] = src[d]*scale;
+        }
+        max[j] = -INFINITY;
+        sum[j] = 0.0f;
+    }
+    memset(out, 0, n_q*DV*sizeof(float));
+
+    for (int64_t i = c*shape.chunk; i < std::min<int64_t>((c + 1)*shape.chunk, n_used); ++i) {
+        // the rows that some query row sees
+        int t0 = KVARN_G;
+        int t1 = 0;
+        for (int64_t r = 0; r < n_rows; ++r) {
+            const char * row = (const char *) mask->data + r*mask->nb[1] + s%mask->ne[3]*mask->nb[3];
+            ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) row + i*KVARN_G, ms + r*KVARN_G, KVARN_G);
+            for (int t = 0; t < t0; ++t) {
+                t0 = ms[r*KVARN_G + t] > -INFINITY ? t : t0;
+            }
+            for (int t = KVARN_G; t > t1; --t) {
+                t1 = ms[r*KVARN_G + t - 1] > -INFINITY ? t : t1;
+            }
+        }
+        if (map[i] == KVARN_MAP_EMPTY || t0 >= t1) {
+            continue;
+        }
+
+        const kvarn_source k = kvarn_find_source(dst->src[KVARN_SRC_K_TILES], dst->src[KVARN_SRC_K_ROWS], DK, shape.bits[KVARN_KEY],
+                map[i], shape.s0, s, i, shape.n_tiles, h, shape.H);
+        const kvarn_source v = kvarn_find_source(dst->src[KVARN_SRC_V_TILES], dst->src[KVARN_SRC_V_ROWS], DV, shape.bits[KVARN_VALUE],
+                map[i], shape.s0, s, i, shape.n_tiles, h, shape.H);
+
+        if (k.tile) {
+            kernels->score_tile(shape.bits[KVARN_KEY], DK, n_q, k.tile, qs, p, tmp);
+        } else {
+            memset(p, 0, n_q*KVARN_G*sizeof(float));
+            kernels->score_rows(DK, n_q, t0, t1, k.rows, k.stride, qs, p, tmp);
+        }
+
+        for (int64_t j = 0; j < n_q; ++j) {
+            float * pj = p + j*KVARN_G;
+            for (int t = 0; t < KVARN_G && shape.softcap > 0.0f; ++t) {
+                pj[t] = shape.softcap*tanhf(pj[t]);
+            }
+            const float m = kernels->mask(kvarn_slope(shape.max_bias, h*n_gqa + j%n_gqa, n_head), ms + j/n_gqa*KVARN_G, pj);
+            if (m == -INFINITY) {
+                memset(pj, 0, KVARN_G*sizeof(float));
+                continue;
+            }
+            if (m > max[j]) {
+                const float shrink = expf(max[j] - m);
+                for (int64_t d = 0; d < DV; ++d) {
+                    out[j*DV + d] *= shrink;
+                }
+                sum[j] *= shrink;
+                max[j]  = m;
+            }
+            sum[j] += kernels->soften(max[j], pj);
+        }
+
+        if (v.tile) {
+            kernels->value_tile(shape.bits[KVARN_VALUE], DV, n_q, v.tile, p, out, tmp);
+        } else {
+            kernels->value_rows(DV, n_q, t0, t1, v.rows, v.stride, p, out, tmp);
+        }
+    }
+
+    for (int64_t j = 0; j < n_q; ++j) {
+        float * part = (float *) ((char *) dst->data + c*dst->nb[1] + (j/n_gqa*n_head + h*n_gqa + j%n_gqa)*dst->nb[2] + s*dst->nb[3]);
+        part[0] = max[j];
+        part[1] = sum[j];
+        memcpy(part + 2, out + j*DV, DV*sizeof(float));
+    }
+}
+
+static void kvarn_forward_attn(const ggml_compute_params * params, ggml_tensor * dst, float * scratch) {
+    const kvarn_attn_shape shape = ggml_kvarn_get_attn_shape(dst);
+
+    const kvarn_cpu_kernels * kernels = params->use_ref ? kvarn_cpu_portable() : kvarn_cpu_best();
+
+    const int64_t n_chunks = dst->ne[1];
+    const int64_t n_jobs   = n_chunks*shape.H*dst->ne[3];
+    for (int64_t job = params->ith; job < n_jobs; job += params->nth) {
+        kvarn_attend_chunk(kernels, dst, shape, job/n_chunks/shape.H, job/n_chunks%shape.H, job%n_chunks, scratch);
+    }
+}
+
+static void kvarn_forward_reduce(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * parts = dst->src[0];
+    const ggml_tensor * sinks = dst->src[1];
+
+    const int64_t DV     = dst->ne[0];
+    const int64_t n_head = dst->ne[1];
+    const int64_t n      = n_head*dst->ne[2]; // per stream
+
+    for (int64_t job = params->ith; job < n*dst->ne[3]; job += params->nth) {
+        const char * part = (const char *) parts->data + job%n*parts->nb[2] + job/n*parts->nb[3];
+        float      * out  = (float *) ((char *) dst->data + job%n*dst->nb[1] + job/n*dst->nb[3]);
+
+        const float sink = sinks ? ((const float *) sinks->data)[job%n_head] : -INFINITY;
+        float max = sink;
+        for (int64_t c = 0; c < parts->ne[1]; ++c) {
+            max = std::max(max, *(const float *) (part + c*parts->nb[1]));
+        }
+        memset(out, 0, DV*sizeof(float));
+        float sum = sinks ? expf(sink - max) : 0.0f;
+        for (int64_t c = 0; c < parts->ne[1]; ++c) {
+            const float * pc = (const float *) (part + c*parts->nb[1]);
+            if (pc[0] == -INFINITY) {
+                continue;
+            }
+            const float w = expf(pc[0] - max);
+            sum += w*pc[1];
+            for (int64_t d = 0; d < DV; ++d) {
+                out[d] += w*pc[2 + d];
+            }
+        }
+        const float r = sum > 0.0f ? 1.0f/sum : 0.0f;
+        for (int64_t d = 0; d < DV; ++d) {
+            out[d] *= r;
+        }
+    }
+}
+
+void ggml_compute_forward_kvarn(const ggml_compute_params * params, ggml_tensor * dst) {
+    float * scratch = (float *) params->wdata + kvarn_scratch(dst)*params->ith;
 
     switch (ggml_kvarn_get_op(dst)) {
-        case KVARN_OP_SEAL: kvarn_forward_seal(params, dst, shape, scratch); break;
-        case KVARN_OP_GET:  kvarn_forward_get (params, dst, shape, scratch); break;
+        case KVARN_OP_SEAL:   kvarn_forward_seal  (params, dst, ggml_kvarn_get_shape(dst), scratch); break;
+        case KVARN_OP_GET:    kvarn_forward_get   (params, dst, ggml_kvarn_get_shape(dst), scratch); break;
+        case KVARN_OP_ATTN:   kvarn_forward_attn  (params, dst, scratch); break;
+        case KVARN_OP_REDUCE: kvarn_forward_reduce(params, dst); break;
     }
 }

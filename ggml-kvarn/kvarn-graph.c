@@ -98,6 +98,100 @@ struct ggml_tensor * ggml_kvarn_get(
     return result;
 }
 
+// query rows up to which tiles are attended directly; more of them share one GET
+#define ATTN_ROWS_MAX 16
+
+// tiles of a partial result, at least: enough work to be worth a task
+#define CHUNK_MIN 4
+
+// partial results per KV head and stream, at most: several tasks for every thread
+#define CHUNKS_MAX 32
+
+static_assert(sizeof(int32_t) + sizeof(struct kvarn_attn_shape) <= GGML_MAX_OP_PARAMS, "op_params too small for KVARN");
+
+struct kvarn_attn_shape ggml_kvarn_get_attn_shape(const struct ggml_tensor * node) {
+    struct kvarn_attn_shape shape;
+    memcpy(&shape, node->op_params + 1, sizeof(shape));
+    return shape;
+}
+
+static void kvarn_set_attn_params(struct ggml_tensor * node, enum kvarn_op op, struct kvarn_attn_shape shape) {
+    node->op = GGML_OP_KVARN;
+    node->op_params[0] = op;
+    memcpy(node->op_params + 1, &shape, sizeof(shape));
+}
+
+// the GET node behind a permuted view, NULL if there is none
+static struct ggml_tensor * kvarn_find_get(struct ggml_tensor * view) {
+    struct ggml_tensor * t = view->op == GGML_OP_PERMUTE ? view->src[0] : NULL;
+    return t && t->op == GGML_OP_KVARN && ggml_kvarn_get_op(t) == KVARN_OP_GET ? t : NULL;
+}
+
+struct ggml_tensor * ggml_kvarn_attn(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * q,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * v,
+        struct ggml_tensor  * mask,
+        struct ggml_tensor  * sinks,
+        float                 scale,
+        float                 max_bias,
+        float                 softcap) {
+    struct ggml_tensor * kv [2] = { k, v };
+    struct ggml_tensor * get[2] = { kvarn_find_get(k), kvarn_find_get(v) };
+
+    if ((!get[KVARN_KEY] && !get[KVARN_VALUE]) || q->ne[1] > ATTN_ROWS_MAX || !mask) {
+        return NULL;
+    }
+
+    const struct ggml_tensor * any   = get[KVARN_KEY] ? get[KVARN_KEY] : get[KVARN_VALUE];
+    const struct kvarn_shape   plan  = ggml_kvarn_get_shape(any);
+    struct kvarn_attn_shape    shape = {
+        .H        = (int32_t) k->ne[2],
+        .map_off  = plan.n_rows + 2*plan.n_seal,
+        .n_tiles  = plan.n_tiles,
+        .s0       = (int32_t) ggml_kvarn_get_s0(any),
+        .scale    = scale,
+        .max_bias = max_bias,
+        .softcap  = softcap,
+    };
+    for (int side = 0; side < 2; ++side) {
+        shape.D   [side] = (int32_t) kv[side]->ne[0];
+        shape.bits[side] = get[side] ? ggml_kvarn_get_shape(get[side]).bits : 0;
+        if (shape.bits[side] == KVARN_BITS_EXACT) {
+            return NULL; // has to be what flash attention computes, to the last bit
+        }
+        if (!get[side] && (kv[side]->type != GGML_TYPE_F16 || kv[side]->nb[0] != sizeof(ggml_fp16_t) || shape.D[side] % 16 != 0)) {
+            return NULL;
+        }
+    }
+    GGML_ASSERT(q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && q->ne[0] == k->ne[0]);
+    GGML_ASSERT(k->ne[1] == v->ne[1] && k->ne[2] == v->ne[2] && k->ne[1] % KVARN_G == 0 && q->ne[2] % k->ne[2] == 0);
+    GGML_ASSERT(mask->type == GGML_TYPE_F16 && mask->ne[0] == k->ne[1] && mask->ne[1] >= q->ne[1] && mask->ne[2] == 1);
+
+    const int64_t n_used   = k->ne[1]/KVARN_G;
+    const int64_t n_chunks = GGML_PAD(n_used, CHUNK_MIN)/CHUNK_MIN < CHUNKS_MAX ? GGML_PAD(n_used, CHUNK_MIN)/CHUNK_MIN : CHUNKS_MAX;
+    shape.chunk = (int32_t) ((n_used + n_chunks - 1)/n_chunks);
+
+    struct ggml_tensor * part = ggml_new_tensor_4d(ctx, GGML_TYPE_F32,
+            shape.D[KVARN_VALUE] + 2, (n_used + shape.chunk - 1)/shape.chunk, q->ne[1]*q->ne[2], q->ne[3]);
+    kvarn_set_attn_params(part, KVARN_OP_ATTN, shape);
+    part->src[KVARN_SRC_Q]     = q;
+    part->src[KVARN_SRC_PLAN]  = any->src[1];
+    part->src[KVARN_SRC_MASK]  = mask;
+    for (int side = 0; side < 2; ++side) {
+        part->src[side == KVARN_KEY ? KVARN_SRC_K_TILES : KVARN_SRC_V_TILES] = get[side] ? get[side]->src[2] : NULL;
+        part->src[side == KVARN_KEY ? KVARN_SRC_K_ROWS  : KVARN_SRC_V_ROWS ] = get[side] ? get[side]->src[0] : kv[side];
+    }
+
+    struct ggml_tensor * result = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, shape.D[KVARN_VALUE], q->ne[2], q->ne[1], q->ne[3]);
+    kvarn_set_attn_params(result, KVARN_OP_REDUCE, shape);
+    result->src[0] = part;
+    result->src[1] = sinks;
+
+    return result;
+}
+
 // Exact tiles keep their rows xor-ed, so that a tile read as if it were tail rows cannot go unnoticed.
 #define EXACT_XOR 0x5a5a
 

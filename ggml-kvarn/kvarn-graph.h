@@ -30,8 +30,10 @@ extern "C" {
 #define KVARN_BITS_EXACT 16
 
 enum kvarn_op {
-    KVARN_OP_SEAL, // tail rows -> tiles
-    KVARN_OP_GET,  // tiles and tail rows -> F16
+    KVARN_OP_SEAL,   // tail rows -> tiles
+    KVARN_OP_GET,    // tiles and tail rows -> F16
+    KVARN_OP_ATTN,   // attention over a chunk of tiles, straight from tiles and tail rows -> partial results
+    KVARN_OP_REDUCE, // partial results -> attention output
 };
 
 // one side of a layer's cache and the plan's partition
@@ -68,8 +70,41 @@ GGML_API struct ggml_tensor * ggml_kvarn_get(
         int64_t               s0,
         int64_t               ns);
 
-// what a node's op_params hold
-GGML_API enum kvarn_op      ggml_kvarn_get_op   (const struct ggml_tensor * node);
+// ATTN and REDUCE in place of flash attention on the result of GET. Takes what ggml_flash_attn_ext takes:
+//   q      F32 [D, n_rows, n_head, ns], a permuted view
+//   k, v   permuted views of GET nodes; one of them may be a permuted view of an F16 cache instead
+//   mask   F16 [n_kv, >= n_rows, 1, ns or 1]        sinks  F32 [n_head] or NULL
+// Returns F32 [D, n_head, n_rows, ns], or NULL where this form does not apply: then use the other one.
+GGML_API struct ggml_tensor * ggml_kvarn_attn(
+        struct ggml_context * ctx,
+        struct ggml_tensor  * q,
+        struct ggml_tensor  * k,
+        struct ggml_tensor  * v,
+        struct ggml_tensor  * mask,
+        struct ggml_tensor  * sinks,
+        float                 scale,
+        float                 max_bias,
+        float                 softcap);
+
+// sources of an ATTN node; tiles are NULL for a side that is an F16 cache
+enum kvarn_attn_src { KVARN_SRC_Q, KVARN_SRC_PLAN, KVARN_SRC_K_TILES, KVARN_SRC_K_ROWS, KVARN_SRC_V_TILES, KVARN_SRC_V_ROWS,
+                      KVARN_SRC_MASK, KVARN_SRC_SINKS };
+
+// what an ATTN and its REDUCE share. A partial result is D[KVARN_VALUE] + 2 floats: the maximum, the sum, the output times the sum.
+struct kvarn_attn_shape {
+    int32_t bits[2], D[2]; // keys, values; bits 0: an F16 cache
+    int32_t H;
+    int32_t map_off;       // entries of the plan before the map
+    int32_t n_tiles;       // per stream
+    int32_t s0;
+    int32_t chunk;         // tiles of a partial result
+    float   scale, max_bias, softcap;
+};
+
+GGML_API struct kvarn_attn_shape ggml_kvarn_get_attn_shape(const struct ggml_tensor * node);
+
+// what a SEAL's or GET's op_params hold
+GGML_API enum kvarn_op      ggml_kvarn_get_op   (const struct ggml_tensor * node); // of any node
 GGML_API struct kvarn_shape ggml_kvarn_get_shape(const struct ggml_tensor * node);
 GGML_API int64_t            ggml_kvarn_get_s0   (const struct ggml_tensor * node);
 

@@ -1,0 +1,98 @@
+// kvarn-cpu.c - the portable attention kernels, and the choice between them and the processor's own.
+// A tile is unsealed to f32 once for all query vectors; the loops are what compilers vectorize.
+//
+// SPDX-License-Identifier: MIT
+
+#include "kvarn-cpu.h"
+#include "ggml.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define G KVARN_G
+
+int kvarn_cpu_scratch(int D) { return G*D; }
+
+static void score_f32(int D, int n_q, int t0, int t1, const float * x, const float * q, float * s) {
+    for (int t = t0; t < t1; ++t) {
+        for (int i = 0; i < n_q; ++i) {
+            float lane[16] = { 0 };
+            for (int d = 0; d < D; d += 16) {
+                for (int j = 0; j < 16; ++j) {
+                    lane[j] += x[t*D + d + j]*q[i*D + d + j];
+                }
+            }
+            float sum = 0.0f;
+            for (int j = 0; j < 16; ++j) {
+                sum += lane[j];
+            }
+            s[i*G + t] = sum;
+        }
+    }
+}
+
+static void value_f32(int D, int n_q, int t0, int t1, const float * x, const float * p, float * o) {
+    for (int t = t0; t < t1; ++t) {
+        for (int i = 0; i < n_q; ++i) {
+            const float pt = p[i*G + t];
+            for (int d = 0; d < D; ++d) {
+                o[i*D + d] += pt*x[t*D + d];
+            }
+        }
+    }
+}
+
+static const float * rows_f32(int D, int t0, int t1, const uint16_t * rows, int64_t stride, float * scratch) {
+    for (int t = t0; t < t1; ++t) {
+        ggml_fp16_to_fp32_row(rows + t*stride, scratch + t*D, D);
+    }
+    return scratch;
+}
+
+static void score_tile(int bits, int D, int n_q, const uint8_t * tile, const float * q, float * s, float * scratch) {
+    kvarn_unseal_ref(KVARN_KEY, bits, D, tile, scratch);
+    score_f32(D, n_q, 0, G, scratch, q, s);
+}
+
+static void value_tile(int bits, int D, int n_q, const uint8_t * tile, const float * p, float * o, float * scratch) {
+    kvarn_unseal_ref(KVARN_VALUE, bits, D, tile, scratch);
+    value_f32(D, n_q, 0, G, scratch, p, o);
+}
+
+static void score_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * q, float * s, float * scratch) {
+    score_f32(D, n_q, t0, t1, rows_f32(D, t0, t1, rows, stride, scratch), q, s);
+}
+
+static void value_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * p, float * o, float * scratch) {
+    value_f32(D, n_q, t0, t1, rows_f32(D, t0, t1, rows, stride, scratch), p, o);
+}
+
+static float mask(float slope, const float * m, float * s) {
+    float max = -INFINITY;
+    for (int t = 0; t < G; ++t) {
+        s[t] += slope*m[t];
+        max = s[t] > max ? s[t] : max;
+    }
+    return max;
+}
+
+static float soften(float max, float * s) {
+    float sum = 0.0f;
+    for (int t = 0; t < G; ++t) {
+        s[t] = expf(s[t] - max);
+        sum += s[t];
+    }
+    return sum;
+}
+
+const struct kvarn_cpu_kernels * kvarn_cpu_portable(void) {
+    static const struct kvarn_cpu_kernels kernels = { "portable", score_tile, score_rows, mask, soften, value_tile, value_rows };
+    return &kernels;
+}
+
+const struct kvarn_cpu_kernels * kvarn_cpu_best(void) {
+    const char * wanted = getenv("KVARN_CPU");
+    const struct kvarn_cpu_kernels * fast = wanted && strcmp(wanted, "portable") == 0 ? NULL : kvarn_cpu_avx2();
+    return fast ? fast : kvarn_cpu_portable();
+}

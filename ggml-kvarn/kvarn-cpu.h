@@ -1,0 +1,50 @@
+// kvarn-cpu.h - attention kernels of the CPU: one tile, or G rows of f16, against all query vectors that share it.
+// Raw pointers only; kvarn-cpu-ggml.cpp walks the tiles. kvarn-cpu.c is the portable version and picks at run time.
+//
+// SPDX-License-Identifier: MIT
+
+#ifndef KVARN_CPU_H
+#define KVARN_CPU_H
+
+#include "kvarn.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+//   n_q      query vectors: the query heads of one KV head, for every query row
+//   q        f32 [n_q][D]         s, p   f32 [n_q][G]         o   f32 [n_q][D], added to
+//   t0, t1   the rows of the tile that matter; s is written and p read there only
+//   rows     f16, stride elements apart
+//   scratch  kvarn_cpu_scratch(D) floats
+struct kvarn_cpu_kernels {
+    const char * name;
+
+    // s[i][t] = sum_d q[i][d]*x[t][d]
+    void (*score_tile)(int bits, int D, int n_q, const uint8_t * tile, const float * q, float * s, float * scratch);
+    void (*score_rows)(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * q, float * s, float * scratch);
+
+    // s[t] += slope*mask[t] for all G rows; returns their maximum
+    float (*mask)(float slope, const float * mask, float * s);
+
+    // s[t] = exp(s[t] - max) for all G rows; returns their sum
+    float (*soften)(float max, float * s);
+
+    // o[i][d] += sum_t p[i][t]*x[t][d], p >= 0
+    void (*value_tile)(int bits, int D, int n_q, const uint8_t * tile, const float * p, float * o, float * scratch);
+    void (*value_rows)(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * p, float * o, float * scratch);
+};
+
+// the best kernels of this processor; KVARN_CPU=portable in the environment asks for the plain ones
+const struct kvarn_cpu_kernels * kvarn_cpu_best(void);
+
+const struct kvarn_cpu_kernels * kvarn_cpu_portable(void);
+const struct kvarn_cpu_kernels * kvarn_cpu_avx2(void); // NULL where the processor has no AVX2, FMA and F16C
+
+int kvarn_cpu_scratch(int D);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
