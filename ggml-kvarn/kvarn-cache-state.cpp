@@ -21,7 +21,7 @@
 #include <stdexcept>
 
 static const uint32_t KVARN_STATE_MAGIC    = 0x4e52564b; // "KVRN"
-static const uint32_t KVARN_STATE_VERSION  = 2;
+static const uint32_t KVARN_STATE_VERSION  = 1;
 static const uint32_t KVARN_STATE_TEXT_MAX = 1 << 16;
 
 static void kvarn_state_fail(const std::string & what) {
