@@ -79,11 +79,13 @@ class Context:
             llama_cpp.llama_free(self.handle)
 
     def try_decode(self, rows: "list[tuple[int, int, int]]", wanted: "set[int]" = frozenset()) -> int:
-        """One batch of (token, position, sequence) rows; result of llama_decode. wanted: rows whose logits are needed."""
+        """One batch of (token, position, sequence or tuple of them) rows; result of llama_decode. wanted: rows to get logits."""
         batch = self.batch
-        for i, (token, position, sequence) in enumerate(rows):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, i in wanted
-            batch.seq_id[i][0] = sequence
+        for i, (token, position, sequences) in enumerate(rows):
+            sequences = sequences if isinstance(sequences, tuple) else (sequences,)
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, len(sequences), i in wanted
+            for j, sequence in enumerate(sequences):
+                batch.seq_id[i][j] = sequence
         batch.n_tokens = len(rows)
         with CapturedLog(False) as log:
             status = llama_cpp.llama_decode(self.handle, batch)
@@ -113,6 +115,27 @@ class Context:
             tokens.append(int(rows[-1].argmax()))
             rows.append(self.feed(tokens[-1:], len(prompt) + i))
         return tokens, np.stack(rows)
+
+    def try_decode_and_abort(self, rows, after: int) -> int:
+        """try_decode(), given up when the library asks for the `after`-th time whether it should."""
+        asked = 0
+
+        @llama_cpp.ggml_abort_callback
+        def callback(data):
+            nonlocal asked
+            asked += 1
+            return asked > after
+
+        with CapturedLog(False):
+            llama_cpp.llama_set_abort_callback(self.handle, callback, None)
+        try:
+            return self.try_decode(rows)
+        finally:
+            with CapturedLog(False):
+                llama_cpp.llama_set_abort_callback(self.handle, llama_cpp.ggml_abort_callback(), None)
+
+    def last_position(self, sequence: int = 0) -> int:
+        return llama_cpp.llama_memory_seq_pos_max(self.memory, sequence)
 
     def n_reused(self) -> int:
         """Graphs that were used again instead of being built."""

@@ -139,6 +139,17 @@ class Walk:
         if rows:
             self.each(lambda context: context.decode(rows, {len(rows) - 1}))
 
+    def feed_shared(self) -> None:
+        """A prompt that all sequences have in common, fed once."""
+        if not self.unified:
+            return
+        self.clear()
+        tokens = self.tokens(self.rng.randint(1, min(400, self.n_ctx//N_SEQ - N_SEQ)))
+        for history in self.histories:
+            history.feed(0, tokens)
+        rows = [(token, i, tuple(range(N_SEQ))) for i, token in enumerate(tokens)]
+        self.each(lambda context: context.decode(rows))
+
     def fill(self) -> None:
         """As many tokens as fit, less a few."""
         s = self.rng.randrange(N_SEQ)
@@ -229,7 +240,7 @@ class Walk:
                 assert context.load(state) == []
             self.histories = [History(h.events) for h in self.saved_all[1]]
 
-    STEPS = {feed: 45, cut_tail: 20, cut_middle: 8, cut_all_tails: 2, remove: 3, copy: 8, keep: 1, clear: 1,
+    STEPS = {feed: 45, feed_shared: 2, cut_tail: 20, cut_middle: 8, cut_all_tails: 2, remove: 3, copy: 8, keep: 1, clear: 1,
              save: 5, load: 6, save_all: 1, load_all: 1}
 
     def step(self) -> None:
@@ -280,7 +291,7 @@ def exact_walk(path: str, keys: str, values: str, unified: bool, seed: int, n_st
 def test_exact_tiles(tiny, monkeypatch, unified, strict):
     monkeypatch.setenv("KVARN_TEST_EXACT", "1")
     monkeypatch.setenv("KVARN_STRICT", strict)
-    exact_walk(tiny(head_dim=64), "kvarn4", "kvarn4", unified, seed=1 + int(strict))
+    exact_walk(tiny(head_dim=64), "kvarn4", "kvarn4", unified, seed=1 + int(strict), n_ubatch=512 if strict == "1" else 128)
 
 
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
@@ -298,6 +309,27 @@ def test_real_tiles(tiny, monkeypatch, unified):
     ours, fresh = (mean([error[i] for error in errors]) for i in range(2))
     print(f"{walk.done}; {len(errors)} sequences checked, mean NMSE {ours:.2e}, of fresh contexts {fresh:.2e}")
     assert ours <= REAL_FACTOR*fresh
+
+
+@pytest.mark.parametrize("keys, values", [("kvarn4", "kvarn2"), ("f16", "kvarn2")])
+def test_aborted_decode(tiny, monkeypatch, keys, values):
+    """A batch given up half-way leaves its tiles sealed from nothing; they are taken back, also the tokens before it."""
+    monkeypatch.setenv("KVARN_TEST_EXACT", "1")
+    rng = random.Random(9)
+    tokens = [rng.randrange(3, 259) for _ in range(700)]
+    wanted = History([("feed", 0, tokens[:-1])]).replay(tiny(head_dim=64), "f16", "f16", tokens[-1], 128)
+    n_aborted = 0
+    with session.Context(tiny(head_dim=64), keys, values) as context:
+        for after in (0, 1, 10, 20, 30, 40, 60, 80, 100, 150):
+            context.clear()
+            context.feed(tokens[:100])
+            for start in range(100, len(tokens) - 1, 150):   # the first fills a tile with those 100, and another one, and so on
+                stop = min(start + 150, len(tokens) - 1)
+                n_aborted += context.try_decode_and_abort([(tokens[i], i, 0) for i in range(start, stop)], after) == 2
+                if context.last_position() + 1 < stop:
+                    context.feed(tokens[context.last_position() + 1:stop], context.last_position() + 1)
+            assert session.nmse(wanted, context.feed(tokens[-1:], len(tokens) - 1)) < EXACT_WORST, f"given up after {after} nodes"
+    assert n_aborted > 20
 
 
 def test_more_sequences_than_owners(tiny, monkeypatch):
