@@ -6,7 +6,7 @@ SPDX-License-Identifier: MIT
 """
 
 import ctypes
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -22,9 +22,9 @@ EXACT = 16  # KVARN_BITS_EXACT
 GARBAGE = 3e4  # what stands in rows that hold no token
 
 # What is allowed: rms error over rms of the float64 output, over a whole case.
-# Portable kernels compute in f32. The default ones round q*scale to 16 bits, and p*token to 8 bits: each of the 128 tokens of a tile
-# then errs by up to 1/255/sqrt(12) of the largest of them, and sqrt(128) of these are 1.3 % of what that one adds to the output.
-# They cancel where values share a direction.
+# Portable kernels compute in f32. The default ones round q*scale to 16 bits and p*token to 8 bits: each of the 128 tokens of a
+# tile then errs by 1/255/sqrt(12) of the largest of them, and sqrt(128) such errors are 1.3 % of what that one adds to the
+# output. What values have in common is exact.
 PORTABLE_ERROR = 1e-5
 KEY_ERROR = 5e-4  # values are f16: only q is rounded
 VALUE_ERROR = 1.3e-2
@@ -181,7 +181,7 @@ def make_mask(rng, case: Case, is_token: np.ndarray) -> np.ndarray:
 class Cache:
     """One layer: tile states, the plan, and for each side its memory and the tokens as attention shall see them."""
 
-    N_ROWS, SLOTS_FREE = 3, 1
+    N_ROWS, N_SEAL = 3, 2
 
     def __init__(self, rng, case: Case):
         self.case = case
@@ -195,12 +195,13 @@ class Cache:
             for i in range(case.tiles - 1, max(-1, case.tiles - 6), -2):
                 state[s, i] = n_open = n_open + 1
                 self.filled[s, i] = rng.integers(1, G + 1)
-        self.state, self.n_slots = state, n_open + 1 + 2 * self.SLOTS_FREE
+        self.state, self.n_slots = state, n_open + 2  # the first one is nobody's, the last one is sealed
         # the first sealed tile is sealed by the graph itself, from the last slot; a pair of slot -1 does nothing
         sealed = np.argwhere(state[self.s0 :, : case.tiles] == SEALED)
         self.to_seal = (self.s0 + sealed[0][0], sealed[0][1]) if len(sealed) else None
-        pairs = [-1, -1, -1, -1] if self.to_seal is None else [-1, -1, self.n_slots - 1, self.to_seal[0] * self.n_tiles + self.to_seal[1]]
-        self.n_seal = 2
+        pairs = [-1, -1, -1, -1]
+        if self.to_seal is not None:
+            pairs[2:] = self.n_slots - 1, self.to_seal[0] * self.n_tiles + self.to_seal[1]
         self.plan = np.array([0] * self.N_ROWS + pairs + list(state.ravel()), np.int64)
 
         used = self.filled[self.s0 : self.s0 + self.ns, : case.tiles]
@@ -247,7 +248,7 @@ class Cache:
             tiles, tail = memory
             tiles = ggml.tensor(ctx, tiles.reshape(*tiles.shape[:2], -1))
             tail = ggml.tensor(ctx, tail.reshape(-1, case.H * D))
-            shape = Shape(side, bits, D, case.H, self.N_ROWS, self.n_seal, self.n_tiles)
+            shape = Shape(side, bits, D, case.H, self.N_ROWS, self.N_SEAL, self.n_tiles)
             sealed = ggml.kvarn_seal(ctx, tiles, tail, plan, shape)
             t = ggml.kvarn_get(ctx, sealed, tail, plan, shape, n_kv, self.s0, self.ns)
         else:
@@ -311,7 +312,8 @@ def run(ggml, monkeypatch, case: Case, seed: int = 0) -> dict:
     arrays = [a for memory, _ in cache.sides for a in (memory if isinstance(memory, tuple) else (memory,))]
     gets = sum(seen.size for _, seen in cache.sides) * 2
     outputs = cache.ns * case.rows * n_head * (DV + 2) * 4  # at most 32 partial ones
-    ctx = ggml.init(InitParams(sum(a.nbytes for a in arrays) + stored_mask.nbytes + gets + 40 * outputs + 2 * q.nbytes + (16 << 20)))
+    inputs = sum(a.nbytes for a in (*arrays, stored_mask, q))
+    ctx = ggml.init(InitParams(inputs + gets + 40 * outputs + (16 << 20)))
     try:
         plan = ggml.tensor(ctx, cache.plan)
         tq = ggml.permute(ctx, ggml.tensor(ctx, q), 0, 2, 1, 3)
@@ -377,8 +379,8 @@ CASES = {
     "data": [Case(bits=bits, rows=5, data=data) for data in ("planted", "zero tiles", "zero", "tiny", "huge", "shared mean")
              for bits in ((2, 2), (3, 4))],
     "sharpness": [Case(bits=(3, 3), sharp=sharp) for sharp in (0.1, 2.0, 4.0, 16.0)],
-    "everything": [Case(bits=(4, 2), D=(96, 80), gqa=3, rows=7, tiles=21, streams=(3, 1, 2), mask="hidden tiles", bias=8.0, softcap=20.0,
-                        sinks=True, data="planted")],
+    "everything": [Case(bits=(4, 2), D=(96, 80), gqa=3, rows=7, tiles=21, streams=(3, 1, 2), mask="hidden tiles", bias=8.0,
+                        softcap=20.0, sinks=True, data="planted")],
 }
 
 
@@ -394,7 +396,8 @@ def test_attention_of_any_kind(ggml, monkeypatch, seed):
     case = Case(bits=tuple(pick(bits)), D=(16 * pick(12) + 16, 16 * pick(12) + 16), H=pick(3) + 1, gqa=pick(9) + 1,
                 rows=pick(ROWS_MAX) + 1, tiles=pick(12) + 1, streams=((1, 0, 1), (3, 1, 2))[pick(2)],
                 mask=pick(["all", "causal", "hidden tiles", "blind rows", "window"]), bias=pick([0.0, 8.0]),
-                softcap=pick([0.0, 15.0]), sinks=bool(pick(2)), data=pick(["gaussian", "planted", "zero tiles"]), sharp=pick([0.5, 1.0, 3.0]))
+                softcap=pick([0.0, 15.0]), sinks=bool(pick(2)), data=pick(["gaussian", "planted", "zero tiles"]),
+                sharp=pick([0.5, 1.0, 3.0]))
     check_case(ggml, monkeypatch, case, seed)
 
 
