@@ -22,7 +22,7 @@ N_SEQ = 3
 N_CTX = 1536        # for all sequences together, or half of it per stream
 MAX_BATCH = 512
 
-EXACT_WORST = 1e-4  # summing in another order makes 1e-7 to 6e-5, as with f16; one wrong row in 700 makes 1e-3 in the median
+EXACT_WORST = 2e-4  # summing in another order makes 1e-7 to 7e-5, as with f16; one wrong row in 700 makes 1e-3 in the median
 EXACT_MEAN = 1e-5
 REAL_FACTOR = 2     # mean error against that of a fresh context: it seals the same tokens, but in other tiles
 

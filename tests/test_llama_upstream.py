@@ -18,8 +18,8 @@ TYPES = ["kvarn2", "kvarn3", "kvarn4"]
 ARCHS = ["llama", "qwen2", "qwen3", "qwen3moe", "gemma2", "gemma3", "gpt-oss", "cohere2", "bloom", "falcon", "phi3", "deepseek",
          "jamba", "qwen35"]
 ARCHS_UNPATCHED = "^(llama|qwen3|gemma3|qwen35|deepseek2|gpt-oss)$"
-PAIR, SPARSE = "different K (kvarn4) and V (kvarn2)", "reads its cache row by row"
-REFUSED = {"deepseek2": PAIR, "deepseek4": PAIR, "minimax-m3": SPARSE, "qwen4exp": SPARSE, "grok": "requires flash_attn"}
+SPARSE = "reads its cache row by row"
+REFUSED = {"deepseek2": "(MLA)", "deepseek4": SPARSE, "minimax-m3": SPARSE, "qwen4exp": SPARSE, "grok": "requires flash_attn"}
 TIME_LIMIT = 500
 
 
