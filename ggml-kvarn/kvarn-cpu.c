@@ -4,7 +4,7 @@
 // SPDX-License-Identifier: MIT
 
 #include "kvarn-cpu.h"
-#include "ggml.h"
+#include "kvarn-f16.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -45,7 +45,9 @@ static void value_f32(int D, int n_q, int t0, int t1, const float * x, const flo
 
 static const float * rows_f32(int D, int t0, int t1, const uint16_t * rows, int64_t stride, float * scratch) {
     for (int t = t0; t < t1; ++t) {
-        ggml_fp16_to_fp32_row(rows + t*stride, scratch + t*D, D);
+        for (int d = 0; d < D; ++d) {
+            scratch[t*D + d] = f16_value(rows[t*stride + d]);
+        }
     }
     return scratch;
 }

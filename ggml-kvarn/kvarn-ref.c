@@ -20,18 +20,14 @@
 #pragma fp_contract (off)
 #endif
 
+#include "kvarn-f16.h"
+
 // The library is built without -march: compile the hot functions twice and pick at load time. Same arithmetic, same bytes.
 #if defined(__x86_64__) && defined(__GLIBC__) && !defined(__AVX2__) && \
     ((defined(__clang__) && __clang_major__ >= 16) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 9))
 #define KVARN_CLONES __attribute__((target_clones("avx2", "default")))
 #else
 #define KVARN_CLONES
-#endif
-
-#if defined(__GNUC__)
-#define KVARN_INLINE static inline __attribute__((always_inline))
-#else
-#define KVARN_INLINE static inline
 #endif
 
 #define G     KVARN_G
@@ -57,36 +53,15 @@ static const float RANGE[3][CANDIDATES] = {
     { 1.00f, 0.92f, 0.82f },
 };
 
-KVARN_INLINE float    max_f32 (float a, float b) { return a > b ? a : b; }
-KVARN_INLINE float    min_f32 (float a, float b) { return a < b ? a : b; }
-KVARN_INLINE uint32_t f32_bits(float v)          { uint32_t u; memcpy(&u, &v, sizeof(u)); return u; }
-KVARN_INLINE float    bits_f32(uint32_t u)       { float v;    memcpy(&v, &u, sizeof(v)); return v; }
+KVARN_INLINE float max_f32(float a, float b) { return a > b ? a : b; }
+KVARN_INLINE float min_f32(float a, float b) { return a < b ? a : b; }
 
 // --- f16, little-endian in the tile ---
-
-// nearest f16, ties to even; too large becomes the largest finite one
-KVARN_INLINE uint32_t f16_bits(float v) {
-    const uint32_t sign = f32_bits(v) >> 16 & 0x8000;
-    const uint32_t u    = f32_bits(v) & 0x7fffffff;
-    if (u >= 0x477ff000) {                                     // rounds to 65520 or more
-        return sign | 0x7bff;
-    }
-    if (u < 0x38800000) {                                      // below 2^-14: adding 0.5 rounds at bit 2^-24
-        return sign | (f32_bits(bits_f32(u) + 0.5f) - 0x3f000000);
-    }
-    return sign | (((u + 0xfff + (u >> 13 & 1)) >> 13) - (112 << 10));
-}
 
 KVARN_INLINE void f16_store(uint8_t * p, float v) {
     const uint32_t h = f16_bits(v);
     p[0] = (uint8_t) h;
     p[1] = (uint8_t) (h >> 8);
-}
-
-KVARN_INLINE float f16_value(uint32_t h) {
-    const uint32_t sign = (h & 0x8000) << 16;
-    const uint32_t tiny = f32_bits((float) (int) (h & 0x03ff)*0x1p-24f);
-    return bits_f32(sign | (h & 0x7c00 ? ((h & 0x7fff) << 13) + (112u << 23) : tiny));
 }
 
 KVARN_INLINE float f16_load(const uint8_t * p) { return f16_value((uint32_t) p[0] | (uint32_t) p[1] << 8); }
@@ -548,7 +523,7 @@ void kvarn_attend_ref(int bits_k, int bits_v, int D, int n_q, int n_tiles, const
     double qs [KVARN_D_MAX];
     double p  [G];
     for (int iq = 0; iq < n_q; ++iq) {
-        double max = -INFINITY;
+        double max = (double) -INFINITY;
         double sum = 0.0;
         memset(acc, 0, sizeof(acc));
         for (int i = 0; i < n_tiles; ++i) {
@@ -557,8 +532,8 @@ void kvarn_attend_ref(int bits_k, int bits_v, int D, int n_q, int n_tiles, const
             double qz = 0.0;
             for (int d = 0; d < D; ++d) {
                 const double qd = (double) q[iq*D + d]*(double) scale;
-                qs[d] = qd*f16_load(kt + kvarn_scale_off(D, bits_k) + 2*d);
-                qz   += qd*f16_load(kt + kvarn_zero_off (D, bits_k) + 2*d);
+                qs[d] = qd*(double) f16_load(kt + kvarn_scale_off(D, bits_k) + 2*d);
+                qz   += qd*(double) f16_load(kt + kvarn_zero_off (D, bits_k) + 2*d);
             }
             double tile_max = max;
             for (int t = 0; t < G; ++t) {
@@ -566,7 +541,7 @@ void kvarn_attend_ref(int bits_k, int bits_v, int D, int n_q, int n_tiles, const
                 for (int d = 0; d < D; ++d) {
                     s += qs[d]*code_at(bits_k, G, d, t, kt);
                 }
-                p[t] = s*f16_load(kt + kvarn_token_off(D, bits_k) + 2*t);
+                p[t] = s*(double) f16_load(kt + kvarn_token_off(D, bits_k) + 2*t);
                 tile_max = p[t] > tile_max ? p[t] : tile_max;
             }
             const double shrink = exp(max - tile_max);
@@ -576,7 +551,7 @@ void kvarn_attend_ref(int bits_k, int bits_v, int D, int n_q, int n_tiles, const
             for (int t = 0; t < G; ++t) {
                 p[t]  = exp(p[t] - max);
                 sum  += p[t];
-                p[t] *= f16_load(vt + kvarn_token_off(D, bits_v) + 2*t);
+                p[t] *= (double) f16_load(vt + kvarn_token_off(D, bits_v) + 2*t);
                 pz   += p[t];
             }
             for (int d = 0; d < D; ++d) {
@@ -584,8 +559,8 @@ void kvarn_attend_ref(int bits_k, int bits_v, int D, int n_q, int n_tiles, const
                 for (int t = 0; t < G; ++t) {
                     s += p[t]*code_at(bits_v, D, t, d, vt);
                 }
-                acc[d] = acc[d]*shrink + s*f16_load(vt + kvarn_scale_off(D, bits_v) + 2*d)
-                                       + pz*f16_load(vt + kvarn_zero_off(D, bits_v) + 2*d);
+                acc[d] = acc[d]*shrink + s*(double) f16_load(vt + kvarn_scale_off(D, bits_v) + 2*d)
+                                       + pz*(double) f16_load(vt + kvarn_zero_off(D, bits_v) + 2*d);
             }
         }
         for (int d = 0; d < D; ++d) {
