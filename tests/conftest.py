@@ -76,6 +76,23 @@ def test_bin_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
+def whole_log(tmp_path_factory) -> dict:
+    """What to add to the environment so that upstream's tools print all they have to say.
+
+    Their log has a thread of its own that is not waited for when a tool ends, so the last lines of a short run are lost, on a
+    busy machine most of them. A few lines of C++ loaded into the process flush it at the end.
+    """
+    folder = tmp_path_factory.mktemp("log")
+    source, library = folder / "flush.cpp", folder / "libflush.so"
+    source.write_text("struct common_log;\ncommon_log * common_log_main();\nvoid common_log_flush(common_log *);\n"
+                      "static struct at_exit { ~at_exit() { common_log_flush(common_log_main()); } } at_exit;\n")
+    done = subprocess.run(["g++", "-shared", "-fPIC", "-o", str(library), str(source)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"g++ could not compile the flush of upstream's log: {done.stderr.strip()[-200:]}")
+    return {"LD_PRELOAD": str(library)}
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """tiny("llama", 128, ...) -> path of a generated model; made once per set of arguments."""
     import tiny_model

@@ -6,6 +6,7 @@ place, too early or from a tile of another sequence then changes the numbers, an
 SPDX-License-Identifier: MIT
 """
 
+import os
 import random
 import re
 import subprocess
@@ -20,7 +21,6 @@ pytestmark = pytest.mark.llama
 MODELS = ["llama", "qwen3", "gemma3", "qwen35"]   # dense, with QK-norm, sliding windows, hybrid with a recurrent part
 PAIRS = [("kvarn2", "kvarn2"), ("kvarn4", "kvarn2"), ("kvarn3", "f16"), ("f16", "kvarn2"), ("kvarn2", "q8_0"), ("q8_0", "kvarn4")]
 N_PROMPT, N_TEXT = 300, 100                       # two tiles in the prompt, one more sealed while text is made
-N_TRIES = 8                                       # upstream's tools may exit before their log is written
 
 
 @pytest.fixture(autouse=True)
@@ -119,38 +119,40 @@ def text(tmp_path_factory):
     return path
 
 
-def perplexity(bin_dir, path: str, text, keys: str, values: str, options: str) -> str:
-    """The last line of llama-perplexity: mean and error, as printed."""
-    command = [bin_dir/"llama-perplexity", "-m", path, "-f", text, "-fa", "on", "-t", "1", "--chunks", "5",
-               "-ctk", keys, "-ctv", values]
-    for _ in range(N_TRIES):
-        done = subprocess.run([*map(str, command), *options.split()], capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def perplexity(bin_dir, text, whole_log):
+    """perplexity(model, keys, values, options) -> the last line of llama-perplexity: mean and error, as printed."""
+    def run(path: str, keys: str, values: str, options: str) -> str:
+        command = [str(bin_dir/"llama-perplexity"), "-m", path, "-f", str(text), "-fa", "on", "-t", "1", "--chunks", "5",
+                   "-ctk", keys, "-ctv", values, *options.split()]
+        done = subprocess.run(command, env={**os.environ, **whole_log}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         found = re.search(r"Final estimate: (PPL = .*)", done.stdout + done.stderr)
-        if found:
-            return found.group(1).strip()
-    raise AssertionError(f"{N_TRIES} runs of llama-perplexity printed no result: {done.stdout[-300:]}{done.stderr[-300:]}")
+        assert found, f"llama-perplexity printed no result: {done.stdout[-300:]}{done.stderr[-300:]}"
+        return found.group(1).strip()
+
+    return run
 
 
 @pytest.mark.tools
 @pytest.mark.parametrize("options", ["-c 512 -b 512 -ub 128", "-c 768 -b 500 -ub 77", "-c 256 -b 1024 -ub 128"],
                          ids=["tiles of one ubatch", "odd batches", "four streams"])
 @pytest.mark.parametrize("arch", MODELS)
-def test_perplexity(generated, bin_dir, text, arch, options):
-    wanted = perplexity(bin_dir, generated(arch), text, "f16", "f16", options)
-    assert perplexity(bin_dir, generated(arch), text, "kvarn4", "kvarn2", options) == wanted
+def test_perplexity(generated, perplexity, arch, options):
+    wanted = perplexity(generated(arch), "f16", "f16", options)
+    assert perplexity(generated(arch), "kvarn4", "kvarn2", options) == wanted
 
 
 @pytest.mark.tools
 @pytest.mark.parametrize("keys, values", PAIRS)
-def test_perplexity_of_every_pair(tiny, bin_dir, text, keys, values):
+def test_perplexity_of_every_pair(tiny, perplexity, keys, values):
     options = "-c 256 -b 512 -ub 128"
-    wanted = perplexity(bin_dir, tiny(), text, lossless(keys), lossless(values), options)
-    assert perplexity(bin_dir, tiny(), text, keys, values, options) == wanted
+    wanted = perplexity(tiny(), lossless(keys), lossless(values), options)
+    assert perplexity(tiny(), keys, values, options) == wanted
 
 
 @pytest.mark.tools
-def test_perplexity_with_full_size_windows(generated, bin_dir, text):
+def test_perplexity_with_full_size_windows(generated, perplexity):
     options = "-c 512 -b 1024 -ub 128 --swa-full"
-    wanted = perplexity(bin_dir, generated("gemma3"), text, "f16", "f16", options)
-    assert perplexity(bin_dir, generated("gemma3"), text, "kvarn2", "kvarn2", options) == wanted
+    wanted = perplexity(generated("gemma3"), "f16", "f16", options)
+    assert perplexity(generated("gemma3"), "kvarn2", "kvarn2", options) == wanted
