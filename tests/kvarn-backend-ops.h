@@ -48,6 +48,108 @@ struct test_kvarn : public test_case {
     }
 };
 
+// Attention straight from tiles: sealed by the same graph, open and empty ones. One side may be an f16 cache (bits 0).
+struct test_kvarn_attn : public test_case {
+    const int bits_k, bits_v, D_k, D_v, gqa, rows, n_used;
+    const bool sinks;
+    const float max_bias, softcap;
+
+    static constexpr int H = 2, n_slots = 4, n_stream = 2;
+
+    std::string op_desc(ggml_tensor * t) override { GGML_UNUSED(t); return "KVARN"; }
+    bool        run_whole_graph()        override { return true; }
+
+    std::string vars() override {
+        return VARS_TO_STR10(bits_k, bits_v, D_k, D_v, gqa, rows, n_used, sinks, max_bias, softcap);
+    }
+
+    // 8 bits for p*token: an rms error of 1.3 % where one token of a tile outweighs all others
+    double max_nmse_err() override { return 1.7e-4; }
+
+    test_kvarn_attn(int bits_k, int bits_v, int D_k = 128, int D_v = 128, int gqa = 4, int rows = 1, int n_used = 5,
+                    bool sinks = false, float max_bias = 0.0f, float softcap = 0.0f)
+        : bits_k(bits_k), bits_v(bits_v), D_k(D_k), D_v(D_v), gqa(gqa), rows(rows), n_used(n_used),
+          sinks(sinks), max_bias(max_bias), softcap(softcap) {}
+
+    int n_tiles() const { return n_used + 1; }
+
+    ggml_tensor * build_side(ggml_context * ctx, ggml_tensor * plan, int side) {
+        const int     bits = side == KVARN_KEY ? bits_k : bits_v;
+        const int     D    = side == KVARN_KEY ? D_k    : D_v;
+        const int64_t n_kv = (int64_t) n_used*KVARN_G;
+
+        if (bits == 0) {
+            ggml_tensor * cache = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, (int64_t) D*H, (int64_t) n_tiles()*KVARN_G, n_stream);
+            ggml_tensor * view  = ggml_view_4d(ctx, cache, D, H, n_kv, n_stream,
+                                               ggml_row_size(cache->type, D), cache->nb[1], cache->nb[2], 0);
+            return ggml_permute(ctx, view, 0, 2, 1, 3);
+        }
+        const kvarn_shape shape = { side, bits, D, H, 0, n_slots - 1, n_tiles() };
+
+        ggml_tensor * tiles = ggml_new_tensor_3d(ctx, GGML_TYPE_I8,  (int64_t) kvarn_tile_size(D, bits)*H, n_tiles(), n_stream);
+        ggml_tensor * tail  = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, (int64_t) D*H, KVARN_G*n_slots);
+        ggml_tensor * seal  = ggml_kvarn_seal(ctx, tiles, tail, plan, shape);
+        return ggml_permute(ctx, ggml_kvarn_get(ctx, seal, tail, plan, shape, n_kv, 0, n_stream), 0, 2, 1, 3);
+    }
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        ggml_tensor * plan = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 2*(n_slots - 1) + n_tiles()*n_stream);
+        ggml_tensor * q    = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, D_k, H*gqa, rows, n_stream);
+        ggml_tensor * k    = build_side(ctx, plan, KVARN_KEY);
+        ggml_tensor * v    = build_side(ctx, plan, KVARN_VALUE);
+        ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, n_used*KVARN_G, rows, 1, n_stream);
+        ggml_tensor * s    = sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, H*gqa) : nullptr;
+        ggml_set_name(mask, "mask");
+
+        return ggml_kvarn_attn(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), k, v, mask, s, 4.0f/sqrtf(D_k), max_bias, softcap);
+    }
+
+    // slots 0 .. 2 are sealed into the first three tiles of stream 0; further tiles take turns: slot 3, empty, slot 1
+    std::vector<int64_t> make_plan() const {
+        std::vector<int64_t> plan;
+        for (int slot = 0; slot < n_slots - 1; ++slot) {
+            plan.push_back(slot < n_tiles() ? slot : -1);
+            plan.push_back(slot);
+        }
+        const int64_t turns[3] = { n_slots - 1, KVARN_MAP_EMPTY, 1 };
+        for (int i = 0; i < n_tiles()*n_stream; ++i) {
+            plan.push_back(i < std::min(n_slots - 1, n_tiles()) ? KVARN_MAP_SEALED : turns[i % 3]);
+        }
+        return plan;
+    }
+
+    void initialize_tensors(ggml_context * ctx) override {
+        const std::vector<int64_t> plan = make_plan();
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
+            switch (t->type) {
+                case GGML_TYPE_I64: ggml_backend_tensor_set(t, plan.data(), 0, plan.size()*sizeof(int64_t)); break;
+                case GGML_TYPE_I8:  ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t)); break;
+                default:
+                    if (strcmp(t->name, "mask") == 0) {
+                        init_mask(t, plan.data() + 2*(n_slots - 1));
+                    } else {
+                        init_tensor_uniform(t);
+                    }
+            }
+        }
+    }
+
+    // Each row sees three tokens of four, of the tiles that are not empty, and every second row not the first tile.
+    void init_mask(ggml_tensor * mask, const int64_t * map) const {
+        std::vector<ggml_fp16_t> data;
+        for (int s = 0; s < n_stream; ++s) {
+            for (int r = 0; r < rows; ++r) {
+                for (int c = 0; c < n_used*KVARN_G; ++c) {
+                    const int64_t where   = map[s*n_tiles() + c/KVARN_G];
+                    const bool    is_seen = where != KVARN_MAP_EMPTY && (c + r) % 4 != 0 && (r % 2 == 0 || c >= KVARN_G);
+                    data.push_back(ggml_fp32_to_fp16(!is_seen ? -INFINITY : max_bias > 0.0f ? -1.0f*(c % 61) : 0.0f));
+                }
+            }
+        }
+        ggml_backend_tensor_set(mask, data.data(), 0, data.size()*sizeof(ggml_fp16_t));
+    }
+};
+
 static void kvarn_add_cases(std::vector<std::unique_ptr<test_case>> & cases) {
     for (int side : { KVARN_KEY, KVARN_VALUE }) {
         for (int bits : { 2, 3, 4, KVARN_BITS_EXACT }) {
@@ -55,5 +157,32 @@ static void kvarn_add_cases(std::vector<std::unique_ptr<test_case>> & cases) {
                 cases.emplace_back(new test_kvarn(side, bits, D, D == 128 ? 8 : 2));
             }
         }
+    }
+
+    for (int bits_k : { 0, 2, 3, 4 }) {
+        for (int bits_v : { 0, 2, 3, 4 }) {
+            if (bits_k || bits_v) {
+                cases.emplace_back(new test_kvarn_attn(bits_k, bits_v));
+            }
+        }
+    }
+    for (int bits : { 2, 3, 4 }) {
+        for (int D : { 64, 80, 96, 112, 192, 256, 512 }) {
+            cases.emplace_back(new test_kvarn_attn(bits, bits, D, D));
+        }
+        for (int gqa : { 1, 2, 3, 7, 8, 16 }) {
+            cases.emplace_back(new test_kvarn_attn(bits, bits, 64, 64, gqa));
+        }
+        for (int rows : { 2, 5, 16 }) {
+            cases.emplace_back(new test_kvarn_attn(bits, bits, 128, 128, 4, rows));
+        }
+        for (int n_used : { 1, 2, 33, 130 }) {
+            cases.emplace_back(new test_kvarn_attn(bits, bits, 64, 64, 2, 1, n_used));
+        }
+        cases.emplace_back(new test_kvarn_attn(bits, bits, 192, 128, 2, 3));
+        cases.emplace_back(new test_kvarn_attn(bits, bits, 128, 128, 3, 2, 5, true));
+        cases.emplace_back(new test_kvarn_attn(bits, bits, 128, 128, 3, 2, 5, false, 8.0f));
+        cases.emplace_back(new test_kvarn_attn(bits, bits, 128, 128, 3, 2, 5, false, 0.0f, 10.0f));
+        cases.emplace_back(new test_kvarn_attn(bits, bits, 128, 128, 3, 2, 5, true, 8.0f, 10.0f));
     }
 }
