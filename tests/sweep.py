@@ -1,6 +1,6 @@
 """sweep.py - every architecture of llama.cpp on a kvarn cache: 128 models (900 MB) that upstream's test-llama-archs makes.
 
-    python tests/sweep.py                    all of them, about 10 minutes on two slow cores; exit status 1 if one fails
+    python tests/sweep.py                    all of them, 3 to 6 minutes on two busy cores; exit status 1 if one fails
     python tests/sweep.py llama qwen35       some
     python tests/sweep.py --models FOLDER    models made before: test-llama-archs -o FOLDER -s 1
 
