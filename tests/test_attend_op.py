@@ -139,6 +139,8 @@ def numbers(rng, kind: str, shape, side: int) -> np.ndarray:
         x[..., rng.choice(G, 2, False), :] *= 4
     elif kind == "zero tiles":
         x[:, ::2] = 0
+    elif kind == "largest codes":
+        x[...] = 1
     elif kind == "zero":
         x[...] = 0
     elif kind == "tiny":
@@ -148,6 +150,12 @@ def numbers(rng, kind: str, shape, side: int) -> np.ndarray:
     elif kind == "shared mean" and side == VALUE:
         x += 3 * rng.standard_normal(D)
     return x.astype(np.float16)
+
+
+def ones(D: int, bits: int) -> np.ndarray:
+    """A tile of ones in the largest codes: with equal p and q, the largest sums that the kernels' integers must hold."""
+    meta = np.concatenate([np.full(D, 1 / (2**bits - 1)), np.zeros(D), np.ones(G)]).astype("<f2")
+    return np.concatenate([np.full(D * G * bits // 8, 0xFF, np.uint8), meta.view(np.uint8)])
 
 
 def slope(bias: float, head: int, n_head: int) -> float:
@@ -228,6 +236,8 @@ class Cache:
             for s, i in np.ndindex(*self.state.shape):
                 if self.state[s, i] == SEALED:
                     sealed = codec.seal(x[s, i].astype(np.float32), SIDE[side], bits)
+                    if case.data == "largest codes" and (s, i) != self.to_seal:
+                        sealed[:] = ones(D, bits)
                     seen[s, i] = codec.unseal(sealed, SIDE[side], bits)
                     if (s, i) == self.to_seal:
                         tail[-1] = x[s, i].transpose(1, 0, 2)
@@ -305,6 +315,8 @@ def run(ggml, monkeypatch, case: Case, seed: int = 0) -> dict:
     spread = np.sqrt(np.mean(K[np.broadcast_to(cache.is_token[:, None], K.shape[:-1])] ** 2))
     scale = case.sharp / np.sqrt(DK) / (spread if spread > 0 else 1)
     q = rng.standard_normal((cache.ns, case.rows, n_head, DK)).astype(np.float32)
+    if case.data == "largest codes":
+        q[...] = np.sign(q[..., :1])
     sinks = (np.log(case.tiles * G) + rng.uniform(-2, 2, n_head)).astype(np.float32) if case.sinks else None
     stored_mask = np.full((1 if case.one_mask else cache.ns, 1, case.rows + 1, mask.shape[2]), -np.inf, np.float16)  # a row more
     stored_mask[:, 0, : case.rows] = mask[: len(stored_mask)]
@@ -377,7 +389,8 @@ CASES = {
                 Case(streams=(3, 1, 2), bits=(2, 0)), Case(streams=(3, 0, 3), one_mask=True, H=1)],
     "tiles": [Case(tiles=n, H=1, gqa=2, D=(64, 64), rows=1 + n % 2) for n in (1, 2, 3, 4, 5, 33, 127, 129, 300)],
     "data": [Case(bits=bits, rows=5, data=data) for data in ("planted", "zero tiles", "zero", "tiny", "huge", "shared mean")
-             for bits in ((2, 2), (3, 4))],
+             for bits in ((2, 2), (3, 4))]
+    + [Case(bits=(bits, bits), D=(D, D), data="largest codes", sharp=0.1, H=1) for bits in (2, 3, 4) for D in (64, 512)],
     "sharpness": [Case(bits=(3, 3), sharp=sharp) for sharp in (0.1, 2.0, 4.0, 16.0)],
     "everything": [Case(bits=(4, 2), D=(96, 80), gqa=3, rows=7, tiles=21, streams=(3, 1, 2), mask="hidden tiles", bias=8.0,
                         softcap=20.0, sinks=True, data="planted")],
