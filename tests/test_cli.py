@@ -71,17 +71,18 @@ def test_perplexity_runs(tiny, tmp_path, whole_log):
     assert "Final estimate: PPL" in done.stdout + done.stderr
 
 
-def test_memory_log_names_types_and_sizes(tiny):
+def test_memory_log_names_types_and_sizes(tiny, whole_log):
     done = run(script("llama-completion"), "-m", tiny(), "-c", "2048", "-n", "4", "-p", "hello", "-no-cnv", "--verbose",
-               "-ctk", "kvarn4", "-ctv", "kvarn2")
+               "-ctk", "kvarn4", "-ctv", "kvarn2", **whole_log)
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stderr.splitlines() if "K (kvarn4)" in line)
     assert "V (kvarn2)" in line
     assert "kvarn: tail" in done.stderr
 
 
-def test_refused_context_ends_with_one_reason(tiny):
-    done = run(script("llama-completion"), "-m", tiny(head_dim=72), "-n", "4", "-p", "hello", "-no-cnv", "-ctk", "kvarn4")
+def test_refused_context_ends_with_one_reason(tiny, whole_log):
+    done = run(script("llama-completion"), "-m", tiny(head_dim=72), "-n", "4", "-p", "hello", "-no-cnv", "-ctk", "kvarn4",
+               **whole_log)
     assert done.returncode == 1, "a refusal is an exit status, not a crash"
     assert "72" in done.stderr
 
