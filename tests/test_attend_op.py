@@ -26,7 +26,7 @@ GARBAGE = 3e4  # what stands in rows that hold no token
 # tile then errs by 1/255/sqrt(12) of the largest of them, and sqrt(128) such errors are 1.3 % of what that one adds to the
 # output. What values have in common is exact.
 PORTABLE_ERROR = 1e-5
-KEY_ERROR = 5e-4  # values are f16: only q is rounded
+KEY_ERROR = 1e-4  # values are f16: only q is rounded
 VALUE_ERROR = 1.3e-2
 SHARED_ERROR = 1e-3  # values with a mean three times their spread
 # Flash attention rounds q and GET's rows to f16 and sums its output in f16: an error that grows with the number of tokens.
@@ -299,8 +299,8 @@ def check(what: str, case: Case, out, want, limit: float) -> None:
     bad = np.where(np.isfinite(out), np.abs(out - want), np.inf)
     at = np.unravel_index(bad.argmax(), bad.shape)
     s, row, head, d = at
-    pytest.fail(f"{what}: rms error {found:.2e} of the output, allowed {limit:.0e}; worst at stream {s}, row {row}, head {head}, "
-                f"channel {d}: {out[at]!r} instead of {want[at]!r}; {case}")
+    pytest.fail(f"{what}: rms error {found:.2e} of the output, allowed {limit:g}; worst at stream {s}, row {row}, head {head}, "
+                f"channel {d}: {out[at]:.7g} instead of {want[at]:.7g}; {case}")
 
 
 def run(ggml, monkeypatch, case: Case, seed: int = 0) -> dict:
