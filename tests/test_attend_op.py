@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from kvarn import codec
+from kvarn.library import lib_path, library_file, probe
 
 G = 128
 KEY, VALUE = 0, 1
@@ -93,8 +94,6 @@ class Ggml:
     """The functions above, and tensors that are filled from numpy arrays."""
 
     def __init__(self, folder):
-        from kvarn.library import library_file, probe
-
         probe(folder)
         libraries = [ctypes.CDLL(str(library_file(folder, base))) for base in ("ggml-base", "ggml-cpu")]
         for name, (result, *arguments) in FUNCTIONS.items():
@@ -122,8 +121,11 @@ class Ggml:
 
 
 @pytest.fixture(scope="module")
-def ggml(lib_dir):
-    return Ggml(lib_dir)
+def ggml():
+    try:
+        return Ggml(lib_path())
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 # --- a cache ---
