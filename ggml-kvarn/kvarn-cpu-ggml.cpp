@@ -30,7 +30,7 @@ static size_t kvarn_scratch(const ggml_tensor * node) {
         case KVARN_OP_ATTN: {
             const kvarn_attn_shape shape = ggml_kvarn_get_attn_shape(node);
             const int64_t n_rows = node->src[KVARN_SRC_Q]->ne[1];
-            n = kvarn_n_q(node, shape)*(shape.D[0] + shape.D[1] + KVARN_G + 2) + n_rows*KVARN_G + kvarn_cpu_scratch(KVARN_D_MAX);
+            n = kvarn_n_q(node, shape)*(shape.D[0] + shape.D[1] + KVARN_G + 2) + n_rows*KVARN_G + kvarn_cpu_scratch(std::max(shape.D[0], shape.D[1]));
         } break;
         case KVARN_OP_REDUCE:
             break;

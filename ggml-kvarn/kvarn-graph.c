@@ -161,7 +161,8 @@ struct ggml_tensor * ggml_kvarn_attn(
         if (shape.bits[side] == KVARN_BITS_EXACT) {
             return NULL; // has to be what flash attention computes, to the last bit
         }
-        if (!get[side] && (kv[side]->type != GGML_TYPE_F16 || kv[side]->nb[0] != sizeof(ggml_fp16_t) || shape.D[side] % 16 != 0)) {
+        if (!get[side] && (kv[side]->type != GGML_TYPE_F16 || kv[side]->nb[0] != sizeof(ggml_fp16_t) ||
+                           shape.D[side] % KVARN_D_STEP != 0 || shape.D[side] > KVARN_D_MAX)) {
             return NULL;
         }
     }
