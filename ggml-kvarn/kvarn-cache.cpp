@@ -396,20 +396,16 @@ bool llama_kvarn::refuse_shift(const char * func) const {
 // prepare()
 //
 
-std::unique_ptr<llama_kvarn::snapshot> llama_kvarn::save() {
+std::unique_ptr<kvarn_placement> llama_kvarn::save() {
     // what a restore left full but unsealed; its data are in memory by now
     for (uint32_t tile = 0; tile < tiles.size(); ++tile) {
         if (tiles[tile].state == OPEN && n_used(tile) == KVARN_G) {
             seal_on_host(tile);
         }
     }
-    return std::unique_ptr<snapshot>(new snapshot { tiles, slot_tile, slot_time, used, n_sealed });
+    return std::unique_ptr<kvarn_placement>(new kvarn_placement(*this)); // the base is private: not for make_unique
 }
 
-void llama_kvarn::restore(const snapshot & saved) {
-    tiles     = saved.tiles;
-    slot_tile = saved.slot_tile;
-    slot_time = saved.slot_time;
-    used      = saved.used;
-    n_sealed  = saved.n_sealed;
+void llama_kvarn::restore(const kvarn_placement & saved) {
+    static_cast<kvarn_placement &>(*this) = saved;
 }

@@ -30,7 +30,24 @@
 struct llama_cparams;
 struct kvarn_piece;
 
-class llama_kvarn {
+// which tile is where
+struct kvarn_placement {
+    enum tile_state : uint8_t { FREE, OPEN, CACHED, SEALED };
+
+    struct tile_info {
+        tile_state state = FREE;
+        int32_t    slot  = -1; // OPEN, CACHED
+        int32_t    owner = -1;
+    };
+
+    std::vector<tile_info> tiles;     // [n_stream*n_tiles]
+    std::vector<int32_t>   slot_tile; // [n_slots] tile in it, -1: none
+    std::vector<uint64_t>  slot_time; // [n_slots] when it was sealed, in seals
+    std::vector<uint32_t>  used;      // [n_stream] cells in use when last looked at
+    uint64_t               n_sealed = 0;
+};
+
+class llama_kvarn : kvarn_placement {
 public:
     using slot_info = llama_kv_cache::slot_info;
 
@@ -76,9 +93,8 @@ public:
     bool refuse_shift(const char * func) const;
 
     // llama_kv_cache::prepare() simulates a batch and takes it back
-    struct snapshot;
-    std::unique_ptr<snapshot> save();
-    void restore(const snapshot & saved);
+    std::unique_ptr<kvarn_placement> save();
+    void restore(const kvarn_placement & saved);
 
     //
     // graph
@@ -101,30 +117,12 @@ public:
     void state_read (llama_io_read_i  & io, llama_seq_id seq_id);
 
 private:
-    enum tile_state : uint8_t { FREE, OPEN, CACHED, SEALED };
-
-    struct tile_info {
-        tile_state state = FREE;
-        int32_t    slot  = -1; // OPEN, CACHED
-        int32_t    owner = -1;
-    };
-
     struct side_layer {
         ggml_tensor * tiles;
         ggml_tensor * tail;
         kvarn_shape   shape; // without the plan's partition
     };
 
-public:
-    struct snapshot {
-        std::vector<tile_info> tiles;
-        std::vector<int32_t>   slot_tile;
-        std::vector<uint64_t>  slot_time;
-        std::vector<uint32_t>  used;
-        uint64_t               n_sealed;
-    };
-
-private:
     struct copy { uint32_t src, dst; bool is_slot; }; // slot -> slot, or tile -> tile
 
     class placer;
@@ -175,13 +173,6 @@ private:
     bool is_strict = false; // tokens of the current ubatch are read from the tile as soon as it is sealed
 
     std::vector<side_layer> layers[2];
-
-    // which tile is where
-    std::vector<tile_info> tiles;     // [n_stream*n_tiles]
-    std::vector<int32_t>   slot_tile; // [n_slots] tile in it, -1: none
-    std::vector<uint64_t>  slot_time; // [n_slots] when it was sealed, in seals
-    std::vector<uint32_t>  used;      // [n_stream] cells in use when last looked at
-    uint64_t               n_sealed = 0;
 
     std::vector<uint32_t> seal_list;   // tiles that the current ubatch fills
     std::vector<copy>     copies;      // pending
