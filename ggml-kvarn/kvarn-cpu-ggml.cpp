@@ -30,7 +30,7 @@ static size_t kvarn_scratch(const ggml_tensor * node) {
         case KVARN_OP_ATTN: {
             const kvarn_attn_shape shape = ggml_kvarn_get_attn_shape(node);
             const int64_t n_rows = node->src[KVARN_SRC_Q]->ne[1];
-            n = kvarn_n_q(node, shape)*(shape.D[0] + shape.D[1] + KVARN_G + 2) + n_rows*KVARN_G + kvarn_cpu_scratch(std::max(shape.D[0], shape.D[1]));
+            n = kvarn_n_q(node, shape)*(shape.D[0] + shape.D[1] + KVARN_G + 3) + n_rows*KVARN_G + kvarn_cpu_scratch(std::max(shape.D[0], shape.D[1]));
         } break;
         case KVARN_OP_REDUCE:
             break;
@@ -159,7 +159,8 @@ static void kvarn_attend_chunk(const kvarn_cpu_kernels * kernels, const ggml_ten
     float * p   = out + n_q*DV;
     float * max = p   + n_q*KVARN_G;
     float * sum = max + n_q;
-    float * ms  = sum + n_q;
+    float * slope = sum + n_q;
+    float * ms  = slope + n_q;
     float * tmp = ms  + n_rows*KVARN_G;
 
     const float scale = shape.softcap > 0.0f ? shape.scale/shape.softcap : shape.scale;
@@ -168,8 +169,9 @@ static void kvarn_attend_chunk(const kvarn_cpu_kernels * kernels, const ggml_ten
         for (int64_t d = 0; d < DK; ++d) {
             qs[j*DK + d] = src[d]*scale;
         }
-        max[j] = -INFINITY;
-        sum[j] = 0.0f;
+        max  [j] = -INFINITY;
+        sum  [j] = 0.0f;
+        slope[j] = kvarn_slope(shape.max_bias, h*n_gqa + j%n_gqa, n_head);
     }
     memset(out, 0, n_q*DV*sizeof(float));
 
@@ -208,7 +210,7 @@ static void kvarn_attend_chunk(const kvarn_cpu_kernels * kernels, const ggml_ten
             for (int t = 0; t < KVARN_G && shape.softcap > 0.0f; ++t) {
                 pj[t] = shape.softcap*tanhf(pj[t]);
             }
-            const float m = kernels->mask(kvarn_slope(shape.max_bias, h*n_gqa + j%n_gqa, n_head), ms + j/n_gqa*KVARN_G, pj);
+            const float m = kernels->mask(slope[j], ms + j/n_gqa*KVARN_G, pj);
             if (m == -INFINITY) {
                 memset(pj, 0, KVARN_G*sizeof(float));
                 continue;

@@ -54,6 +54,16 @@ AVX2_INLINE void store_bytes(uint8_t * p, __m256i v) {
     _mm_storel_epi64((__m128i *) p, x);
 }
 
+AVX2_INLINE void load_factors(int bits, int D, const uint8_t * tile, float * scale, float * zero, float * token) {
+    for (int d = 0; d < D; d += 8) {
+        _mm256_storeu_ps(scale + d, load_f16(tile + kvarn_scale_off(D, bits) + 2*d));
+        _mm256_storeu_ps(zero  + d, load_f16(tile + kvarn_zero_off (D, bits) + 2*d));
+    }
+    for (int t = 0; t < G; t += 8) {
+        _mm256_storeu_ps(token + t, load_f16(tile + kvarn_token_off(D, bits) + 2*t));
+    }
+}
+
 // --- codes times bytes ---
 
 // Slots 2*pass and 2*pass + 1 of eight words: the codes of 8 free indices and 4 contracted ones, one per byte.
@@ -201,13 +211,7 @@ AVX2 static void score_tile(int bits, int D, int n_q, const uint8_t * tile, cons
     int32_t acc[NV][D_MAX];
     const uint8_t * vec[NV] = { bytes[0], bytes[1], bytes[2], bytes[3] };
 
-    for (int d = 0; d < D; d += 8) {
-        _mm256_storeu_ps(scale + d, load_f16(tile + kvarn_scale_off(D, bits) + 2*d));
-        _mm256_storeu_ps(zero  + d, load_f16(tile + kvarn_zero_off (D, bits) + 2*d));
-    }
-    for (int t = 0; t < G; t += 8) {
-        _mm256_storeu_ps(token + t, load_f16(tile + kvarn_token_off(D, bits) + 2*t));
-    }
+    load_factors(bits, D, tile, scale, zero, token);
     const float mid = 0.5f*(float) ((1 << bits) - 1);
 
     for (int i = 0; i < n_q; i += NV/2) {
@@ -238,13 +242,7 @@ AVX2 static void value_tile(int bits, int D, int n_q, const uint8_t * tile, cons
     int32_t acc[NV][D_MAX];
     const uint8_t * vec[NV] = { bytes[0], bytes[1], bytes[2], bytes[3] };
 
-    for (int d = 0; d < D; d += 8) {
-        _mm256_storeu_ps(scale + d, load_f16(tile + kvarn_scale_off(D, bits) + 2*d));
-        _mm256_storeu_ps(zero  + d, load_f16(tile + kvarn_zero_off (D, bits) + 2*d));
-    }
-    for (int t = 0; t < G; t += 8) {
-        _mm256_storeu_ps(token + t, load_f16(tile + kvarn_token_off(D, bits) + 2*t));
-    }
+    load_factors(bits, D, tile, scale, zero, token);
     const float mid = 0.5f*(float) ((1 << bits) - 1);
 
     for (int i = 0; i < n_q; i += NV) {
