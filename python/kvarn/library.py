@@ -18,9 +18,10 @@ from pathlib import Path
 
 import kvarn
 
+from . import kvtype
 from .upstream import read_pin, source_dir
 
-NAMES = ("kvarn2", "kvarn3", "kvarn4")
+NAMES = tuple(filter(kvtype.is_kvarn, kvtype.NAMES))
 N_TYPE_IDS = 256                 # how far type ids are searched; kvarn_type_bits() takes any number
 
 # struct -> size that this llama-cpp-python declares, and defaults that the library must return
