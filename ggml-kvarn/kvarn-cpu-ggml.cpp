@@ -11,7 +11,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <mutex>
 
 // query vectors that share a KV head: its query heads, for every query row
 static int64_t kvarn_n_q(const ggml_tensor * attn, const kvarn_attn_shape & shape) {
@@ -175,31 +177,31 @@ static void kvarn_attend_chunk(const kvarn_cpu_kernels * kernels, const ggml_ten
     }
     memset(out, 0, n_q*DV*sizeof(float));
 
-    for (int64_t i = c*shape.chunk; i < std::min<int64_t>((c + 1)*shape.chunk, n_used); ++i) {
+    const auto source = [&](int side, int64_t i) {
+        const bool is_key = side == KVARN_KEY;
+        return kvarn_find_source(dst->src[is_key ? KVARN_SRC_K_TILES : KVARN_SRC_V_TILES], dst->src[is_key ? KVARN_SRC_K_ROWS : KVARN_SRC_V_ROWS],
+                shape.D[side], shape.bits[side], map[i], shape.s0, s, i, shape.n_tiles, h, shape.H);
+    };
+
+    const int64_t last = std::min<int64_t>((c + 1)*shape.chunk, n_used);
+    for (int64_t i = c*shape.chunk; i < last; ++i) {
         // the rows that some query row sees
         int t0 = KVARN_G;
         int t1 = 0;
         for (int64_t r = 0; r < n_rows; ++r) {
             const char * row = (const char *) mask->data + r*mask->nb[1] + s%mask->ne[3]*mask->nb[3];
-            ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) row + i*KVARN_G, ms + r*KVARN_G, KVARN_G);
-            for (int t = 0; t < t0; ++t) {
-                t0 = ms[r*KVARN_G + t] > -INFINITY ? t : t0;
-            }
-            for (int t = KVARN_G; t > t1; --t) {
-                t1 = ms[r*KVARN_G + t - 1] > -INFINITY ? t : t1;
-            }
+            kernels->read_mask((const ggml_fp16_t *) row + i*KVARN_G, ms + r*KVARN_G, &t0, &t1);
         }
         if (map[i] == KVARN_MAP_EMPTY || t0 >= t1) {
             continue;
         }
 
-        const kvarn_source k = kvarn_find_source(dst->src[KVARN_SRC_K_TILES], dst->src[KVARN_SRC_K_ROWS], DK, shape.bits[KVARN_KEY],
-                map[i], shape.s0, s, i, shape.n_tiles, h, shape.H);
-        const kvarn_source v = kvarn_find_source(dst->src[KVARN_SRC_V_TILES], dst->src[KVARN_SRC_V_ROWS], DV, shape.bits[KVARN_VALUE],
-                map[i], shape.s0, s, i, shape.n_tiles, h, shape.H);
+        const kvarn_source k = source(KVARN_KEY, i);
+        const kvarn_source v = source(KVARN_VALUE, i);
+        const int64_t next = i + 1 < last && map[i + 1] == KVARN_MAP_SEALED ? i + 1 : i;
 
         if (k.tile) {
-            kernels->score_tile(shape.bits[KVARN_KEY], DK, n_q, k.tile, qs, p, tmp);
+            kernels->score_tile(shape.bits[KVARN_KEY], DK, n_q, k.tile, source(KVARN_KEY, next).tile, qs, p, tmp);
         } else {
             memset(p, 0, n_q*KVARN_G*sizeof(float));
             kernels->score_rows(DK, n_q, t0, t1, k.rows, k.stride, qs, p, tmp);
@@ -227,7 +229,7 @@ static void kvarn_attend_chunk(const kvarn_cpu_kernels * kernels, const ggml_ten
         }
 
         if (v.tile) {
-            kernels->value_tile(shape.bits[KVARN_VALUE], DV, n_q, v.tile, p, out, tmp);
+            kernels->value_tile(shape.bits[KVARN_VALUE], DV, n_q, v.tile, source(KVARN_VALUE, next).tile, p, out, tmp);
         } else {
             kernels->value_rows(DV, n_q, t0, t1, v.rows, v.stride, p, out, tmp);
         }
@@ -241,10 +243,23 @@ static void kvarn_attend_chunk(const kvarn_cpu_kernels * kernels, const ggml_ten
     }
 }
 
+static const kvarn_cpu_kernels * kvarn_pick_kernels() {
+    const char * name = getenv("KVARN_CPU");
+    if (const kvarn_cpu_kernels * kernels = kvarn_cpu_find(name)) {
+        return kernels;
+    }
+    const kvarn_cpu_kernels * best = kvarn_cpu_find(nullptr);
+    static std::once_flag once;
+    std::call_once(once, [&] {
+        GGML_LOG_WARN("kvarn: this processor has no kernels KVARN_CPU=%s; the ones used are %s\n", name, best->name);
+    });
+    return best;
+}
+
 static void kvarn_forward_attn(const ggml_compute_params * params, ggml_tensor * dst, float * scratch) {
     const kvarn_attn_shape shape = ggml_kvarn_get_attn_shape(dst);
 
-    const kvarn_cpu_kernels * kernels = params->use_ref ? kvarn_cpu_portable() : kvarn_cpu_best();
+    const kvarn_cpu_kernels * kernels = params->use_ref ? kvarn_cpu_portable() : kvarn_pick_kernels();
 
     const int64_t n_chunks = dst->ne[1];
     const int64_t n_jobs   = n_chunks*shape.H*dst->ne[3];

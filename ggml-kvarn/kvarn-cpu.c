@@ -7,7 +7,6 @@
 #include "kvarn-f16.h"
 
 #include <math.h>
-#include <stdlib.h>
 #include <string.h>
 
 #define G KVARN_G
@@ -52,12 +51,14 @@ static const float * rows_f32(int D, int t0, int t1, const uint16_t * rows, int6
     return scratch;
 }
 
-static void score_tile(int bits, int D, int n_q, const uint8_t * tile, const float * q, float * s, float * scratch) {
+static void score_tile(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * q, float * s, float * scratch) {
+    (void) next;
     kvarn_unseal_ref(KVARN_KEY, bits, D, tile, scratch);
     score_f32(D, n_q, 0, G, scratch, q, s);
 }
 
-static void value_tile(int bits, int D, int n_q, const uint8_t * tile, const float * p, float * o, float * scratch) {
+static void value_tile(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * p, float * o, float * scratch) {
+    (void) next;
     kvarn_unseal_ref(KVARN_VALUE, bits, D, tile, scratch);
     value_f32(D, n_q, 0, G, scratch, p, o);
 }
@@ -68,6 +69,15 @@ static void score_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, in
 
 static void value_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * p, float * o, float * scratch) {
     value_f32(D, n_q, t0, t1, rows_f32(D, t0, t1, rows, stride, scratch), p, o);
+}
+
+static void read_mask(const uint16_t * m, float * f32, int * t0, int * t1) {
+    for (int t = 0; t < G; ++t) {
+        const int is_seen = m[t] != 0xfc00;
+        f32[t] = is_seen ? f16_value(m[t]) : -INFINITY;
+        *t0 = is_seen && t < *t0 ? t : *t0;
+        *t1 = is_seen && t >= *t1 ? t + 1 : *t1;
+    }
 }
 
 static float mask(float slope, const float * m, float * s) {
@@ -89,12 +99,22 @@ static float soften(float max, float * s) {
 }
 
 const struct kvarn_cpu_kernels * kvarn_cpu_portable(void) {
-    static const struct kvarn_cpu_kernels kernels = { "portable", score_tile, score_rows, mask, soften, value_tile, value_rows };
+    static const struct kvarn_cpu_kernels kernels = {
+        "portable", score_tile, score_rows, read_mask, mask, soften, value_tile, value_rows,
+    };
     return &kernels;
 }
 
-const struct kvarn_cpu_kernels * kvarn_cpu_best(void) {
-    const char * wanted = getenv("KVARN_CPU");
-    const struct kvarn_cpu_kernels * fast = wanted && strcmp(wanted, "portable") == 0 ? NULL : kvarn_cpu_avx2();
-    return fast ? fast : kvarn_cpu_portable();
+const struct kvarn_cpu_kernels * kvarn_cpu_find(const char * name) {
+    static const struct kvarn_cpu_kernels * (* const sets[])(int fast) = { kvarn_cpu_avx2 }; // the best first
+    enum { N_SETS = sizeof(sets)/sizeof(sets[0]) };
+
+    const int fast = name && strcmp(name, "fast") == 0;
+    for (int i = 0; i < 2*N_SETS; ++i) {
+        const struct kvarn_cpu_kernels * kernels = sets[i/2](i % 2);
+        if (kernels && (name && !fast ? strcmp(name, kernels->name) == 0 : fast == i % 2)) {
+            return kernels;
+        }
+    }
+    return !name || strcmp(name, "portable") == 0 ? kvarn_cpu_portable() : NULL;
 }

@@ -16,13 +16,17 @@ extern "C" {
 //   q        f32 [n_q][D]         s, p   f32 [n_q][G]         o   f32 [n_q][D], added to
 //   t0, t1   the rows of the tile that matter; s is written and p read there only
 //   rows     f16, stride elements apart
+//   next     the tile of this side that will be read next: a hint to fetch it while this one is computed; tile itself if none
 //   scratch  kvarn_cpu_scratch(D) floats
 struct kvarn_cpu_kernels {
     const char * name;
 
     // s[i][t] = sum_d q[i][d]*x[t][d]
-    void (*score_tile)(int bits, int D, int n_q, const uint8_t * tile, const float * q, float * s, float * scratch);
+    void (*score_tile)(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * q, float * s, float * scratch);
     void (*score_rows)(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * q, float * s, float * scratch);
+
+    // f16 to f32 for all G rows; widens [*t0, *t1) so that it holds every row that is not -inf
+    void (*read_mask)(const uint16_t * mask, float * f32, int * t0, int * t1);
 
     // s[t] += slope*mask[t] for all G rows; returns their maximum
     float (*mask)(float slope, const float * mask, float * s);
@@ -31,15 +35,17 @@ struct kvarn_cpu_kernels {
     float (*soften)(float max, float * s);
 
     // o[i][d] += sum_t p[i][t]*x[t][d], p >= 0
-    void (*value_tile)(int bits, int D, int n_q, const uint8_t * tile, const float * p, float * o, float * scratch);
+    void (*value_tile)(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * p, float * o, float * scratch);
     void (*value_rows)(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * p, float * o, float * scratch);
 };
 
-// the best kernels of this processor; KVARN_CPU=portable in the environment asks for the plain ones
-const struct kvarn_cpu_kernels * kvarn_cpu_best(void);
+// The kernels by the name in KVARN_CPU (the environment), or the best of this processor where it is not set:
+// "portable", "avx2", .. pick one set, "fast" the best one in its fast mode. NULL if this processor has no such kernels.
+const struct kvarn_cpu_kernels * kvarn_cpu_find(const char * name);
 
+// One function per instruction set; NULL where the processor lacks it. The fast mode rounds q and p to 8 bits instead of 16.
 const struct kvarn_cpu_kernels * kvarn_cpu_portable(void);
-const struct kvarn_cpu_kernels * kvarn_cpu_avx2(void); // NULL where the processor has no AVX2, FMA and F16C
+const struct kvarn_cpu_kernels * kvarn_cpu_avx2(int fast); // AVX2, FMA, F16C
 
 int kvarn_cpu_scratch(int D);
 

@@ -204,7 +204,8 @@ AVX2_INLINE void split_query(int D, float mid, const float * q, const float * sc
     *base = sum_of(sz) + mid*(sum_of(sx) - *step*(float) sum_of_int(sv));
 }
 
-AVX2 static void score_tile(int bits, int D, int n_q, const uint8_t * tile, const float * q, float * s, float * scratch) {
+AVX2 static void score_tile(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * q, float * s, float * scratch) {
+    (void) next;
     (void) scratch;
     float scale[D_MAX], zero[D_MAX], token[G];
     uint8_t bytes[NV][D_MAX];
@@ -235,7 +236,8 @@ AVX2 static void score_tile(int bits, int D, int n_q, const uint8_t * tile, cons
 
 // --- values ---
 
-AVX2 static void value_tile(int bits, int D, int n_q, const uint8_t * tile, const float * p, float * o, float * scratch) {
+AVX2 static void value_tile(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * p, float * o, float * scratch) {
+    (void) next;
     (void) scratch;
     float scale[D_MAX], zero[D_MAX], token[G];
     uint8_t bytes[NV][G];
@@ -373,6 +375,19 @@ AVX2_INLINE __m256 exp_of(__m256 x) {
     return _mm256_andnot_ps(low, y);
 }
 
+AVX2 static void read_mask(const uint16_t * m, float * f32, int * t0, int * t1) {
+    for (int t = 0; t < G; t += 8) {
+        const __m256 x = load_f16(m + t);
+        _mm256_storeu_ps(f32 + t, x);
+        const int seen = _mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_set1_ps(-__builtin_inff()), _CMP_NEQ_UQ));
+        if (seen) {
+            const int first = t + __builtin_ctz(seen), last = t + 31 - __builtin_clz(seen);
+            *t0 = first < *t0 ? first : *t0;
+            *t1 = last >= *t1 ? last + 1 : *t1;
+        }
+    }
+}
+
 AVX2 static float mask(float slope, const float * m, float * s) {
     const __m256 v = _mm256_set1_ps(slope);
     __m256 max = _mm256_set1_ps(-__builtin_inff());
@@ -401,13 +416,13 @@ static int has_f16c(void) {
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
-const struct kvarn_cpu_kernels * kvarn_cpu_avx2(void) {
-    static const struct kvarn_cpu_kernels kernels = { "avx2", score_tile, score_rows, mask, soften, value_tile, value_rows };
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() ? &kernels : NULL;
+const struct kvarn_cpu_kernels * kvarn_cpu_avx2(int fast) {
+    static const struct kvarn_cpu_kernels kernels = { "avx2", score_tile, score_rows, read_mask, mask, soften, value_tile, value_rows };
+    return !fast && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c() ? &kernels : NULL;
 }
 
 #else
 
-const struct kvarn_cpu_kernels * kvarn_cpu_avx2(void) { return NULL; }
+const struct kvarn_cpu_kernels * kvarn_cpu_avx2(int fast) { (void) fast; return NULL; }
 
 #endif
