@@ -106,7 +106,9 @@ const struct kvarn_cpu_kernels * kvarn_cpu_portable(void) {
 }
 
 const struct kvarn_cpu_kernels * kvarn_cpu_find(const char * name) {
-    static const struct kvarn_cpu_kernels * (* const sets[])(int fast) = { kvarn_cpu_avx2 }; // the best first
+    static const struct kvarn_cpu_kernels * (* const sets[])(int fast) = { // the best first
+        kvarn_cpu_avx2, kvarn_cpu_i8mm, kvarn_cpu_dotprod, kvarn_cpu_neon,
+    };
     enum { N_SETS = sizeof(sets)/sizeof(sets[0]) };
 
     const int fast = name && strcmp(name, "fast") == 0;
