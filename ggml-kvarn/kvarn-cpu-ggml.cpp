@@ -15,9 +15,13 @@
 #include <cstring>
 #include <mutex>
 
-// query vectors that share a KV head: its query heads, for every query row
-static int64_t kvarn_n_q(const ggml_tensor * attn, const kvarn_attn_shape & shape) {
-    return attn->ne[2]/shape.H;
+// query vectors attended at a time: enough that reading a tile is cheap, few enough that they and their outputs stay in the cache
+#define KVARN_ATTN_VECTORS 64
+
+// query rows of one task
+static int64_t kvarn_row_group(const ggml_tensor * attn, const kvarn_attn_shape & shape) {
+    const ggml_tensor * q = attn->src[KVARN_SRC_Q];
+    return std::min(q->ne[1], std::max<int64_t>(KVARN_ATTN_VECTORS*shape.H/q->ne[2], 1));
 }
 
 // floats of scratch per thread, on cache lines of its own
@@ -31,8 +35,7 @@ static size_t kvarn_scratch(const ggml_tensor * node) {
         } break;
         case KVARN_OP_ATTN: {
             const kvarn_attn_shape shape = ggml_kvarn_get_attn_shape(node);
-            const int64_t n_rows = node->src[KVARN_SRC_Q]->ne[1];
-            n = kvarn_n_q(node, shape)*(shape.D[0] + shape.D[1] + KVARN_G + 3) + n_rows*KVARN_G + kvarn_cpu_scratch(std::max(shape.D[0], shape.D[1]));
+            n = kvarn_cpu_state_size(shape.D[0], shape.D[1], kvarn_row_group(node, shape), node->src[KVARN_SRC_Q]->ne[2]/shape.H);
         } break;
         case KVARN_OP_REDUCE:
             break;
@@ -110,25 +113,19 @@ static void kvarn_forward_get(const ggml_compute_params * params, ggml_tensor * 
     }
 }
 
-// One side of one tile for one head: a sealed tile, or G rows of f16.
-struct kvarn_source {
-    const uint8_t     * tile = nullptr;
-    const ggml_fp16_t * rows = nullptr;
-    int64_t             stride = 0;
-};
+static kvarn_cpu_source kvarn_find_source(const ggml_tensor * dst, const kvarn_attn_shape & shape, int side, int64_t where, int64_t s, int64_t i, int64_t h) {
+    const ggml_tensor * tiles = dst->src[side == KVARN_KEY ? KVARN_SRC_K_TILES : KVARN_SRC_V_TILES];
+    const ggml_tensor * rows  = dst->src[side == KVARN_KEY ? KVARN_SRC_K_ROWS  : KVARN_SRC_V_ROWS];
+    const int64_t       D     = shape.D[side];
 
-static kvarn_source kvarn_find_source(const ggml_tensor * tiles, const ggml_tensor * rows, int D, int bits, int64_t where,
-                                      int64_t s0, int64_t s, int64_t i, int64_t n_tiles, int64_t h, int64_t H) {
-    kvarn_source res;
+    kvarn_cpu_source res = { nullptr, nullptr, (int64_t) (rows->nb[1]/sizeof(ggml_fp16_t)) };
     if (!tiles) { // an f16 cache, permuted: [D, n_kv, H, ns]
-        res.rows   = (const ggml_fp16_t *) ((const char *) rows->data + i*KVARN_G*rows->nb[1] + h*rows->nb[2] + s*rows->nb[3]);
-        res.stride = rows->nb[1]/sizeof(ggml_fp16_t);
+        res.rows = (const ggml_fp16_t *) ((const char *) rows->data + i*KVARN_G*rows->nb[1] + h*rows->nb[2] + s*rows->nb[3]);
     } else if (where == KVARN_MAP_SEALED) {
-        res.tile   = (const uint8_t *) tiles->data + (((s0 + s)*n_tiles + i)*H + h)*kvarn_tile_size(D, bits);
+        res.tile = (const uint8_t *) tiles->data + (((shape.s0 + s)*shape.n_tiles + i)*shape.H + h)*kvarn_tile_size(D, shape.bits[side]);
     } else {
         GGML_ASSERT(where >= 0 && where < rows->ne[1]/KVARN_G);
-        res.rows   = (const ggml_fp16_t *) ((const char *) rows->data + where*KVARN_G*rows->nb[1]) + h*D;
-        res.stride = rows->nb[1]/sizeof(ggml_fp16_t);
+        res.rows = (const ggml_fp16_t *) ((const char *) rows->data + where*KVARN_G*rows->nb[1]) + h*D;
     }
     return res;
 }
@@ -141,105 +138,60 @@ static float kvarn_slope(float max_bias, int64_t head, int64_t n_head) {
     return head < n ? powf(2.0f, -max_bias*(head + 1)/n) : powf(2.0f, -max_bias/2*(2*(head - n) + 1)/n);
 }
 
-// The query vectors of one KV head over one chunk of tiles: an online softmax, tile by tile.
+// Query rows r0 .. r0 + n_rows - 1 of one KV head over one chunk of tiles.
 static void kvarn_attend_chunk(const kvarn_cpu_kernels * kernels, const ggml_tensor * dst, const kvarn_attn_shape & shape,
-                               int64_t s, int64_t h, int64_t c, float * scratch) {
+                               int64_t s, int64_t h, int64_t c, int64_t r0, int64_t n_rows, float * scratch) {
     const ggml_tensor * q     = dst->src[KVARN_SRC_Q];
     const ggml_tensor * mask  = dst->src[KVARN_SRC_MASK];
     const int64_t     * map   = (const int64_t *) dst->src[KVARN_SRC_PLAN]->data + shape.map_off + (shape.s0 + s)*shape.n_tiles;
 
-    const int64_t DK     = shape.D[KVARN_KEY];
-    const int64_t DV     = shape.D[KVARN_VALUE];
-    const int64_t n_rows = q->ne[1];
     const int64_t n_head = q->ne[2];
     const int64_t n_gqa  = n_head/shape.H;
-    const int64_t n_q    = n_rows*n_gqa;
-    const int64_t n_used = mask->ne[0]/KVARN_G;
+    const int64_t DK     = shape.D[KVARN_KEY];
+    const int64_t DV     = shape.D[KVARN_VALUE];
 
-    float * qs  = scratch;
-    float * out = qs  + n_q*DK;
-    float * p   = out + n_q*DV;
-    float * max = p   + n_q*KVARN_G;
-    float * sum = max + n_q;
-    float * slope = sum + n_q;
-    float * ms  = slope + n_q;
-    float * tmp = ms  + n_rows*KVARN_G;
+    kvarn_cpu_state state;
+    for (int side = 0; side < 2; ++side) {
+        state.bits[side] = shape.bits[side];
+        state.D   [side] = shape.D[side];
+    }
+    state.n_rows  = n_rows;
+    state.n_gqa   = n_gqa;
+    state.softcap = shape.softcap;
+    kvarn_cpu_start(&state, scratch);
 
     const float scale = shape.softcap > 0.0f ? shape.scale/shape.softcap : shape.scale;
-    for (int64_t j = 0; j < n_q; ++j) {
-        const float * src = (const float *) ((const char *) q->data + j/n_gqa*q->nb[1] + (h*n_gqa + j%n_gqa)*q->nb[2] + s*q->nb[3]);
+    for (int64_t j = 0; j < n_rows*n_gqa; ++j) {
+        const float * src = (const float *) ((const char *) q->data + (r0 + j/n_gqa)*q->nb[1] + (h*n_gqa + j%n_gqa)*q->nb[2] + s*q->nb[3]);
         for (int64_t d = 0; d < DK; ++d) {
-            qs[j*DK + d] = src[d]*scale;
+            state.q[j*DK + d] = src[d]*scale;
         }
-        max  [j] = -INFINITY;
-        sum  [j] = 0.0f;
-        slope[j] = kvarn_slope(shape.max_bias, h*n_gqa + j%n_gqa, n_head);
     }
-    memset(out, 0, n_q*DV*sizeof(float));
+    for (int64_t g = 0; g < n_gqa; ++g) {
+        state.slope[g] = kvarn_slope(shape.max_bias, h*n_gqa + g, n_head);
+    }
 
-    const auto source = [&](int side, int64_t i) {
-        const bool is_key = side == KVARN_KEY;
-        return kvarn_find_source(dst->src[is_key ? KVARN_SRC_K_TILES : KVARN_SRC_V_TILES], dst->src[is_key ? KVARN_SRC_K_ROWS : KVARN_SRC_V_ROWS],
-                shape.D[side], shape.bits[side], map[i], shape.s0, s, i, shape.n_tiles, h, shape.H);
-    };
-
-    const int64_t last = std::min<int64_t>((c + 1)*shape.chunk, n_used);
+    const int64_t last = std::min<int64_t>((c + 1)*shape.chunk, mask->ne[0]/KVARN_G);
     for (int64_t i = c*shape.chunk; i < last; ++i) {
-        // the rows that some query row sees
-        int t0 = KVARN_G;
-        int t1 = 0;
-        for (int64_t r = 0; r < n_rows; ++r) {
-            const char * row = (const char *) mask->data + r*mask->nb[1] + s%mask->ne[3]*mask->nb[3];
-            kernels->read_mask((const ggml_fp16_t *) row + i*KVARN_G, ms + r*KVARN_G, &t0, &t1);
-        }
-        if (map[i] == KVARN_MAP_EMPTY || t0 >= t1) {
+        if (map[i] == KVARN_MAP_EMPTY) {
             continue;
         }
+        const kvarn_cpu_source k = kvarn_find_source(dst, shape, KVARN_KEY,   map[i], s, i, h);
+        const kvarn_cpu_source v = kvarn_find_source(dst, shape, KVARN_VALUE, map[i], s, i, h);
 
-        const kvarn_source k = source(KVARN_KEY, i);
-        const kvarn_source v = source(KVARN_VALUE, i);
-        const int64_t next = i + 1 < last && map[i + 1] == KVARN_MAP_SEALED ? i + 1 : i;
+        const bool has_next = i + 1 < last && map[i + 1] == KVARN_MAP_SEALED;
+        const uint8_t * next_k = has_next ? kvarn_find_source(dst, shape, KVARN_KEY,   map[i + 1], s, i + 1, h).tile : nullptr;
+        const uint8_t * next_v = has_next ? kvarn_find_source(dst, shape, KVARN_VALUE, map[i + 1], s, i + 1, h).tile : nullptr;
 
-        if (k.tile) {
-            kernels->score_tile(shape.bits[KVARN_KEY], DK, n_q, k.tile, source(KVARN_KEY, next).tile, qs, p, tmp);
-        } else {
-            memset(p, 0, n_q*KVARN_G*sizeof(float));
-            kernels->score_rows(DK, n_q, t0, t1, k.rows, k.stride, qs, p, tmp);
-        }
-
-        for (int64_t j = 0; j < n_q; ++j) {
-            float * pj = p + j*KVARN_G;
-            for (int t = 0; t < KVARN_G && shape.softcap > 0.0f; ++t) {
-                pj[t] = shape.softcap*tanhf(pj[t]);
-            }
-            const float m = kernels->mask(slope[j], ms + j/n_gqa*KVARN_G, pj);
-            if (m == -INFINITY) {
-                memset(pj, 0, KVARN_G*sizeof(float));
-                continue;
-            }
-            if (m > max[j]) {
-                const float shrink = expf(max[j] - m);
-                for (int64_t d = 0; d < DV; ++d) {
-                    out[j*DV + d] *= shrink;
-                }
-                sum[j] *= shrink;
-                max[j]  = m;
-            }
-            sum[j] += kernels->soften(max[j], pj);
-        }
-
-        if (v.tile) {
-            kernels->value_tile(shape.bits[KVARN_VALUE], DV, n_q, v.tile, source(KVARN_VALUE, next).tile, p, out, tmp);
-        } else {
-            kernels->value_rows(DV, n_q, t0, t1, v.rows, v.stride, p, out, tmp);
-        }
+        const char * rows = (const char *) mask->data + r0*mask->nb[1] + s%mask->ne[3]*mask->nb[3];
+        kvarn_cpu_add(kernels, &state, &k, &v, next_k, next_v, (const ggml_fp16_t *) rows + i*KVARN_G, mask->nb[1]/sizeof(ggml_fp16_t));
     }
 
-    for (int64_t j = 0; j < n_q; ++j) {
-        float * part = (float *) ((char *) dst->data + c*dst->nb[1] + (j/n_gqa*n_head + h*n_gqa + j%n_gqa)*dst->nb[2] + s*dst->nb[3]);
-        part[0] = max[j];
-        part[1] = sum[j];
-        memcpy(part + 2, out + j*DV, DV*sizeof(float));
+    for (int64_t j = 0; j < n_rows*n_gqa; ++j) {
+        float * part = (float *) ((char *) dst->data + c*dst->nb[1] + ((r0 + j/n_gqa)*n_head + h*n_gqa + j%n_gqa)*dst->nb[2] + s*dst->nb[3]);
+        part[0] = state.max[j];
+        part[1] = state.sum[j];
+        memcpy(part + 2, state.out + j*DV, DV*sizeof(float));
     }
 }
 
@@ -261,10 +213,17 @@ static void kvarn_forward_attn(const ggml_compute_params * params, ggml_tensor *
 
     const kvarn_cpu_kernels * kernels = params->use_ref ? kvarn_cpu_portable() : kvarn_pick_kernels();
 
+    const int64_t n_rows   = dst->src[KVARN_SRC_Q]->ne[1];
+    const int64_t n_group  = kvarn_row_group(dst, shape);
+    const int64_t n_groups = (n_rows + n_group - 1)/n_group;
     const int64_t n_chunks = dst->ne[1];
-    const int64_t n_jobs   = n_chunks*shape.H*dst->ne[3];
+    const int64_t n_jobs   = n_groups*n_chunks*shape.H*dst->ne[3];
     for (int64_t job = params->ith; job < n_jobs; job += params->nth) {
-        kvarn_attend_chunk(kernels, dst, shape, job/n_chunks/shape.H, job/n_chunks%shape.H, job%n_chunks, scratch);
+        const int64_t r0 = job%n_groups*n_group;
+        const int64_t c  = job/n_groups%n_chunks;
+        const int64_t h  = job/n_groups/n_chunks%shape.H;
+        const int64_t s  = job/n_groups/n_chunks/shape.H;
+        kvarn_attend_chunk(kernels, dst, shape, s, h, c, r0, std::min(n_group, n_rows - r0), scratch);
     }
 }
 

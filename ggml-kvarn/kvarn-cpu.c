@@ -120,3 +120,79 @@ const struct kvarn_cpu_kernels * kvarn_cpu_find(const char * name) {
     }
     return !name || strcmp(name, "portable") == 0 ? kvarn_cpu_portable() : NULL;
 }
+
+// --- the online softmax ---
+
+int64_t kvarn_cpu_state_size(int DK, int DV, int n_rows, int n_gqa) {
+    const int64_t n_q = (int64_t) n_rows*n_gqa;
+    return n_q*(DK + DV + G + 2) + n_gqa + (int64_t) n_rows*G + kvarn_cpu_scratch(DK > DV ? DK : DV);
+}
+
+void kvarn_cpu_start(struct kvarn_cpu_state * state, float * memory) {
+    const int64_t n_q = (int64_t) state->n_rows*state->n_gqa;
+    state->q       = memory;
+    state->out     = state->q     + n_q*state->D[KVARN_KEY];
+    state->p       = state->out   + n_q*state->D[KVARN_VALUE];
+    state->mask    = state->p     + n_q*G;
+    state->max     = state->mask  + (int64_t) state->n_rows*G;
+    state->sum     = state->max   + n_q;
+    state->slope   = state->sum   + n_q;
+    state->scratch = state->slope + state->n_gqa;
+    for (int64_t j = 0; j < n_q; ++j) {
+        state->max[j] = -INFINITY;
+        state->sum[j] = 0.0f;
+    }
+    memset(state->out, 0, (size_t) (n_q*state->D[KVARN_VALUE])*sizeof(float));
+}
+
+void kvarn_cpu_add(const struct kvarn_cpu_kernels * kernels, struct kvarn_cpu_state * state, const struct kvarn_cpu_source * k,
+                   const struct kvarn_cpu_source * v, const uint8_t * next_k, const uint8_t * next_v, const uint16_t * mask_rows, int64_t stride) {
+    const int DK  = state->D[KVARN_KEY];
+    const int DV  = state->D[KVARN_VALUE];
+    const int n_q = state->n_rows*state->n_gqa;
+
+    int t0 = G; // the tokens that some query row sees
+    int t1 = 0;
+    for (int r = 0; r < state->n_rows; ++r) {
+        kernels->read_mask(mask_rows + r*stride, state->mask + r*G, &t0, &t1);
+    }
+    if (t0 >= t1) {
+        return;
+    }
+
+    if (k->tile) {
+        kernels->score_tile(state->bits[KVARN_KEY], DK, n_q, k->tile, next_k ? next_k : k->tile, state->q, state->p, state->scratch);
+    } else {
+        if (t1 - t0 < G) {
+            memset(state->p, 0, (size_t) n_q*G*sizeof(float));
+        }
+        kernels->score_rows(DK, n_q, t0, t1, k->rows, k->stride, state->q, state->p, state->scratch);
+    }
+
+    for (int j = 0; j < n_q; ++j) {
+        float * p = state->p + j*G;
+        for (int t = 0; t < G && state->softcap > 0.0f; ++t) {
+            p[t] = state->softcap*tanhf(p[t]);
+        }
+        const float m = kernels->mask(state->slope[j % state->n_gqa], state->mask + j/state->n_gqa*G, p);
+        if (m == -INFINITY) {
+            memset(p, 0, G*sizeof(float));
+            continue;
+        }
+        if (m > state->max[j]) {
+            const float shrink = expf(state->max[j] - m);
+            for (int d = 0; d < DV; ++d) {
+                state->out[j*DV + d] *= shrink;
+            }
+            state->sum[j] *= shrink;
+            state->max[j]  = m;
+        }
+        state->sum[j] += kernels->soften(state->max[j], p);
+    }
+
+    if (v->tile) {
+        kernels->value_tile(state->bits[KVARN_VALUE], DV, n_q, v->tile, next_v ? next_v : v->tile, state->p, state->out, state->scratch);
+    } else {
+        kernels->value_rows(DV, n_q, t0, t1, v->rows, v->stride, state->p, state->out, state->scratch);
+    }
+}

@@ -54,6 +54,39 @@ const struct kvarn_cpu_kernels * kvarn_cpu_i8mm(int fast);    // FEAT_I8MM
 
 int kvarn_cpu_scratch(int D);
 
+// One side of one tile for one KV head: a sealed tile, or G rows of f16.
+struct kvarn_cpu_source {
+    const uint8_t  * tile; // NULL: rows
+    const uint16_t * rows;
+    int64_t          stride;
+};
+
+// An online softmax: attention of n_rows query rows x n_gqa heads of one KV head, over the tiles added so far.
+// Query vectors lie row by row, the heads of a row side by side. What attention returns is out/sum.
+struct kvarn_cpu_state {
+    int     bits[2], D[2]; // keys, values
+    int     n_rows, n_gqa;
+    float   softcap;       // 0: none; else q is divided by it
+    float * q;             // [n_q][D[0]], times the factor of the scores
+    float * slope;         // [n_gqa], what the mask is multiplied by
+    float * max, * sum;    // [n_q]
+    float * out;           // [n_q][D[1]]
+    float * p, * mask;     // [n_q][G], [n_rows][G]
+    float * scratch;
+};
+
+// floats of memory that kvarn_cpu_start shares out among the state's pointers
+int64_t kvarn_cpu_state_size(int DK, int DV, int n_rows, int n_gqa);
+
+// sets the pointers and forgets all tiles; bits, D, n_rows and n_gqa are set by the caller, q and slope afterwards
+void kvarn_cpu_start(struct kvarn_cpu_state * state, float * memory);
+
+// Adds one tile.
+//   next_k, next_v  tiles that will be added next, as a hint; NULL if there are none
+//   mask            f16 [n_rows][G], rows stride elements apart
+void kvarn_cpu_add(const struct kvarn_cpu_kernels * kernels, struct kvarn_cpu_state * state, const struct kvarn_cpu_source * k,
+                   const struct kvarn_cpu_source * v, const uint8_t * next_k, const uint8_t * next_v, const uint16_t * mask, int64_t stride);
+
 #ifdef __cplusplus
 }
 #endif
