@@ -35,7 +35,8 @@ static size_t kvarn_scratch(const ggml_tensor * node) {
         } break;
         case KVARN_OP_ATTN: {
             const kvarn_attn_shape shape = ggml_kvarn_get_attn_shape(node);
-            n = kvarn_cpu_state_size(shape.D[0], shape.D[1], kvarn_row_group(node, shape), node->src[KVARN_SRC_Q]->ne[2]/shape.H);
+            const int64_t n_gqa = node->src[KVARN_SRC_Q]->ne[2]/shape.H;
+            n = kvarn_cpu_state_size(shape.D[0], shape.D[1], kvarn_row_group(node, shape), n_gqa);
         } break;
         case KVARN_OP_REDUCE:
             break;
@@ -113,7 +114,8 @@ static void kvarn_forward_get(const ggml_compute_params * params, ggml_tensor * 
     }
 }
 
-static kvarn_cpu_source kvarn_find_source(const ggml_tensor * dst, const kvarn_attn_shape & shape, int side, int64_t where, int64_t s, int64_t i, int64_t h) {
+static kvarn_cpu_source kvarn_find_source(const ggml_tensor * dst, const kvarn_attn_shape & shape, int side, int64_t where,
+                                          int64_t s, int64_t i, int64_t h) {
     const ggml_tensor * tiles = dst->src[side == KVARN_KEY ? KVARN_SRC_K_TILES : KVARN_SRC_V_TILES];
     const ggml_tensor * rows  = dst->src[side == KVARN_KEY ? KVARN_SRC_K_ROWS  : KVARN_SRC_V_ROWS];
     const int64_t       D     = shape.D[side];
@@ -162,7 +164,8 @@ static void kvarn_attend_chunk(const kvarn_cpu_kernels * kernels, const ggml_ten
 
     const float scale = shape.softcap > 0.0f ? shape.scale/shape.softcap : shape.scale;
     for (int64_t j = 0; j < n_rows*n_gqa; ++j) {
-        const float * src = (const float *) ((const char *) q->data + (r0 + j/n_gqa)*q->nb[1] + (h*n_gqa + j%n_gqa)*q->nb[2] + s*q->nb[3]);
+        const int64_t head = h*n_gqa + j%n_gqa;
+        const float * src = (const float *) ((const char *) q->data + (r0 + j/n_gqa)*q->nb[1] + head*q->nb[2] + s*q->nb[3]);
         for (int64_t d = 0; d < DK; ++d) {
             state.q[j*DK + d] = src[d]*scale;
         }
@@ -183,12 +186,14 @@ static void kvarn_attend_chunk(const kvarn_cpu_kernels * kernels, const ggml_ten
         const uint8_t * next_k = has_next ? kvarn_find_source(dst, shape, KVARN_KEY,   map[i + 1], s, i + 1, h).tile : nullptr;
         const uint8_t * next_v = has_next ? kvarn_find_source(dst, shape, KVARN_VALUE, map[i + 1], s, i + 1, h).tile : nullptr;
 
-        const char * rows = (const char *) mask->data + r0*mask->nb[1] + s%mask->ne[3]*mask->nb[3];
-        kvarn_cpu_add(kernels, &state, &k, &v, next_k, next_v, (const ggml_fp16_t *) rows + i*KVARN_G, mask->nb[1]/sizeof(ggml_fp16_t));
+        const char * seen = (const char *) mask->data + r0*mask->nb[1] + s%mask->ne[3]*mask->nb[3];
+        kvarn_cpu_add(kernels, &state, &k, &v, next_k, next_v,
+                (const ggml_fp16_t *) seen + i*KVARN_G, mask->nb[1]/sizeof(ggml_fp16_t));
     }
 
     for (int64_t j = 0; j < n_rows*n_gqa; ++j) {
-        float * part = (float *) ((char *) dst->data + c*dst->nb[1] + ((r0 + j/n_gqa)*n_head + h*n_gqa + j%n_gqa)*dst->nb[2] + s*dst->nb[3]);
+        const int64_t row = (r0 + j/n_gqa)*n_head + h*n_gqa + j%n_gqa;
+        float * part = (float *) ((char *) dst->data + c*dst->nb[1] + row*dst->nb[2] + s*dst->nb[3]);
         part[0] = state.max[j];
         part[1] = state.sum[j];
         memcpy(part + 2, state.out + j*DV, DV*sizeof(float));
@@ -218,7 +223,12 @@ static void kvarn_forward_attn(const ggml_compute_params * params, ggml_tensor *
     const int64_t n_groups = (n_rows + n_group - 1)/n_group;
     const int64_t n_chunks = dst->ne[1];
     const int64_t n_jobs   = n_groups*n_chunks*shape.H*dst->ne[3];
-    for (int64_t job = params->ith; job < n_jobs; job += params->nth) {
+    // whoever is free takes the next one: tiles that nobody sees cost nothing, and cores are not equally fast
+    if (params->ith == 0) {
+        ggml_threadpool_chunk_set(params->threadpool, params->nth);
+    }
+    ggml_barrier(params->threadpool);
+    for (int64_t job = params->ith; job < n_jobs; job = ggml_threadpool_chunk_add(params->threadpool, 1)) {
         const int64_t r0 = job%n_groups*n_group;
         const int64_t c  = job/n_groups%n_chunks;
         const int64_t h  = job/n_groups/n_chunks%shape.H;

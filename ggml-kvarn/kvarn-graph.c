@@ -3,6 +3,7 @@
 // SPDX-License-Identifier: MIT
 
 #include "kvarn-graph.h"
+#include "ggml-backend.h"
 #include "ggml-impl.h"
 
 #include <string.h>
@@ -98,13 +99,14 @@ struct ggml_tensor * ggml_kvarn_get(
     return result;
 }
 
-// query rows up to which tiles are attended directly; more of them share one GET
+// query rows up to which tiles outside of main memory are attended directly; more of them share one GET.
+// The CPU unpacks a tile while it multiplies: there is no number of rows from which GET would be faster.
 #define ATTN_ROWS_MAX 16
 
 // tiles of a partial result, at least: enough work to be worth a task
 #define CHUNK_MIN 4
 
-// partial results per KV head and stream, at most: several tasks for every thread
+// partial results per KV head and stream, at most: several tasks for every thread; with many rows these are tasks enough
 #define CHUNKS_MAX 32
 
 static_assert(sizeof(int32_t) + sizeof(struct kvarn_attn_shape) <= GGML_MAX_OP_PARAMS, "op_params too small for KVARN");
@@ -127,6 +129,12 @@ static struct ggml_tensor * kvarn_find_get(struct ggml_tensor * view) {
     return t && t->op == GGML_OP_KVARN && ggml_kvarn_get_op(t) == KVARN_OP_GET ? t : NULL;
 }
 
+// whether the CPU will compute on these tiles; without a buffer they lie in a context's own memory
+static bool kvarn_is_host(const struct ggml_tensor * tiles) {
+    const struct ggml_tensor * t = tiles->view_src ? tiles->view_src : tiles;
+    return !t->buffer || ggml_backend_buffer_is_host(t->buffer);
+}
+
 struct ggml_tensor * ggml_kvarn_attn(
         struct ggml_context * ctx,
         struct ggml_tensor  * q,
@@ -140,11 +148,14 @@ struct ggml_tensor * ggml_kvarn_attn(
     struct ggml_tensor * kv [2] = { k, v };
     struct ggml_tensor * get[2] = { kvarn_find_get(k), kvarn_find_get(v) };
 
-    if ((!get[KVARN_KEY] && !get[KVARN_VALUE]) || q->ne[1] > ATTN_ROWS_MAX || !mask) {
+    if ((!get[KVARN_KEY] && !get[KVARN_VALUE]) || !mask) {
         return NULL;
     }
 
     const struct ggml_tensor * any   = get[KVARN_KEY] ? get[KVARN_KEY] : get[KVARN_VALUE];
+    if (q->ne[1] > ATTN_ROWS_MAX && !kvarn_is_host(any->src[2])) {
+        return NULL;
+    }
     const struct kvarn_shape   plan  = ggml_kvarn_get_shape(any);
     struct kvarn_attn_shape    shape = {
         .H        = (int32_t) k->ne[2],
@@ -171,7 +182,8 @@ struct ggml_tensor * ggml_kvarn_attn(
     GGML_ASSERT(mask->type == GGML_TYPE_F16 && mask->ne[0] == k->ne[1] && mask->ne[1] >= q->ne[1] && mask->ne[2] == 1);
 
     const int64_t n_used   = k->ne[1]/KVARN_G;
-    const int64_t n_chunks = GGML_PAD(n_used, CHUNK_MIN)/CHUNK_MIN < CHUNKS_MAX ? GGML_PAD(n_used, CHUNK_MIN)/CHUNK_MIN : CHUNKS_MAX;
+    const int64_t n_max    = q->ne[1] <= ATTN_ROWS_MAX ? CHUNKS_MAX : 1;
+    const int64_t n_chunks = GGML_PAD(n_used, CHUNK_MIN)/CHUNK_MIN < n_max ? GGML_PAD(n_used, CHUNK_MIN)/CHUNK_MIN : n_max;
     shape.chunk = (int32_t) ((n_used + n_chunks - 1)/n_chunks);
 
     struct ggml_tensor * part = ggml_new_tensor_4d(ctx, GGML_TYPE_F32,
