@@ -23,7 +23,8 @@
 #include "kvarn-f16.h"
 
 // The library is built without -march: compile the hot functions twice and pick at load time. Same arithmetic, same bytes.
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__AVX2__) && \
+// The thread sanitizer is not yet there at load time.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__AVX2__) && !defined(__SANITIZE_THREAD__) && \
     ((defined(__clang__) && __clang_major__ >= 16) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 9))
 #define KVARN_CLONES __attribute__((target_clones("avx2", "default")))
 #else
