@@ -1,0 +1,207 @@
+"""test_metal.py - the Metal kernels, their real source run on the CPU, give what float64 gives, in every build and order.
+
+The harness is in metal/; its README says how it works and what it cannot see. First it is tested itself: seeded mistakes.
+SPDX-License-Identifier: MIT
+"""
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from metal import cases, harness
+from metal.cases import Attn
+from metal.harness import ALL_SCHEDULES, FEW_SCHEDULES, MODES, Builds, Failed, Job
+
+ERROR = 1e-5  # of the largest number of the output; the kernels compute in f32
+
+if harness.why_not():
+    if os.environ.get("CI"):
+        raise pytest.UsageError(f"CI skips nothing: {harness.why_not()}")
+    pytest.skip(harness.why_not(), allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def builds(tmp_path_factory):
+    """All builds of kvarn.metal, two compilers at a time."""
+    made = Builds(tmp_path_factory.mktemp("metal"))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(made.runner, sorted(MODES, key=lambda mode: mode != "tsan")))
+    return made
+
+
+# ---------------------------------------------------------------------------------------------- the harness itself
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory):
+    return Builds(tmp_path_factory.mktemp("mistakes"), [harness.HERE / "mistakes.metal"])
+
+
+CONTROLS = ["control_threadgroup", "control_simdgroup", "control_collectives"]
+ORDER = r"differs from|wrong"
+CAUGHT = {  # mistake -> build: what it must say; "wrong": the numbers are
+    "missing_threadgroup_barrier": {"plain": ORDER, "tsan": "data race", "msan": "uninitialized|not written"},
+    "simdgroup_barrier_too_weak": {"plain": ORDER, "tsan": "data race"},
+    "barrier_without_memory": {"tsan": "data race"},
+    "missing_simdgroup_barrier": {"plain": ORDER, "tsan": "data race"},
+    "missing_barrier_before_overwrite": {"plain": ORDER, "tsan": "data race"},
+    "collective_as_barrier": {"tsan": "data race"},
+    "two_groups_one_word": {"tsan": "data race"},
+    "reads_before_writing": {"plain": "wrong", "msan": "not written"},
+    "reads_before_writing_hidden": {"msan": "uninitialized|not written"},
+    "leaves_a_hole": {"plain": "wrong", "msan": "at byte 168"},
+    "reads_past_a_buffer": {"plain": "exit status -11", "asan": "SEGV|overflow|poison"},
+    "writes_past_memory": {"plain": "exit status -11", "asan": "SEGV|overflow|poison"},
+    "writes_its_input": {"plain": "was written to"},
+    "misaligned_vector": {"ubsan": "misaligned"},
+    "shifts_by_32": {"ubsan": "shift exponent"},
+    "barrier_in_divergent_flow": {"plain": "have returned|not all threads|divergent"},
+    "barrier_after_return": {"plain": "have returned"},
+    "collective_in_divergent_flow": {"plain": "divergent flow"},
+    "infinity_as_a_sign": {"fast-math": "wrong"},
+}
+
+
+def seeded(name: str) -> "tuple[Job, np.ndarray]":
+    x = np.arange(1, 66, dtype=np.float32)
+    if name == "reads_past_a_buffer":
+        x = x[:64]
+    if name == "infinity_as_a_sign":
+        x[:] = -np.inf
+    job = Job("kernel", name)
+    groups = 2 if name == "two_groups_one_word" else 1
+    for key, value in (("groups", groups), ("threads", 64 // groups), ("memory", 256)):
+        job.value(key, value)
+    job.give("b1", x)
+    job.take("b2", np.float32, (64,))
+    return job, np.zeros(64) if name == "infinity_as_a_sign" else x[:64]
+
+
+def verdict(builds: Builds, mode: str, job: Job, expected: np.ndarray) -> str:
+    try:
+        out = builds.run(mode, [job], ALL_SCHEDULES)[0]["b2"]
+    except Failed as failed:
+        return str(failed)
+    return "" if np.array_equal(out, expected) else "wrong"
+
+
+@pytest.mark.parametrize("mode", ["plain", "fast-math", "tsan", "msan", "asan", "ubsan", "spaces"])
+def test_controls_pass(mistakes, mode):
+    for name in CONTROLS:
+        assert verdict(mistakes, mode, *seeded(name)) == "", f"{name} is correct, but {mode} says otherwise"
+
+
+@pytest.mark.parametrize("name", CAUGHT)
+def test_mistake_is_caught(mistakes, name):
+    for mode, expected in CAUGHT[name].items():
+        said = verdict(mistakes, mode, *seeded(name))
+        assert re.search(expected, said), f"{name}: {mode} says '{said[:500]}', not '{expected}'"
+
+
+def test_too_much_threadgroup_memory_is_caught(mistakes):
+    job, expected = seeded("control_threadgroup")
+    job.value("memory", 32 * 1024 + 16)
+    assert "32768 at most" in verdict(mistakes, "plain", job, expected)
+
+
+KERNEL = "#include <metal_stdlib>\nusing namespace metal;\nkernel void k(device float * out [[buffer(1)]], "\
+         "threadgroup float * smem [[threadgroup(0)]], constant int & n [[buffer(2)]]%s) {{ {} }}\n" % ""
+REFUSED = {  # what a compiler for another language would take
+    "a pointer of another address space": ("device float * p = smem; p[0] = 1.0f;", "spaces"),
+    "a write to constant memory": ("n = 1;", "plain"),
+    "an implicit conversion of a vector": ("half4 h = float4(1.0f); out[0] = h.x;", "plain"),
+    "double": ("double x = out[0]; out[0] = x;", "plain"),
+    "C++17": ("if constexpr (sizeof(int) == 4) { out[0] = 1.0f; }", "C++14"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_foreign_code_is_refused(tmp_path, what):
+    body, mode = REFUSED[what]
+    for line, is_fine in ((body, False), ("out[0] = smem[0] + float(n);", True)):
+        source = tmp_path / f"{'good' if is_fine else 'bad'}.metal"
+        source.write_text(KERNEL.format(line))
+        one = Builds(tmp_path / source.stem, [source])
+        try:
+            one.syntax(mode)
+            assert is_fine, f"{what} compiles"
+        except Failed as failed:
+            assert not is_fine, failed
+
+
+@pytest.mark.parametrize("text", ["kernel void k(device float * p [[buffer(1)]], uint x [[dispatch_threads]]) {}",
+                                  "kernel void k(device float * p) {}",
+                                  "kernel void k(device float * p [[buffer(1)]]) {\n    threadgroup float x[4];\n}"])
+def test_prepass_drops_nothing_silently(tmp_path, text):
+    source = tmp_path / "k.metal"
+    source.write_text(text)
+    with pytest.raises(Failed, match="unknown|no attribute|threadgroup arrays"):
+        Builds(tmp_path / "out", [source])
+
+
+# ---------------------------------------------------------------------------------------------- ATTN and REDUCE
+
+BITS = [(2, 2), (3, 3), (4, 4), (4, 2), (3, 2), (0, 2), (0, 3), (0, 4), (2, 0), (3, 0), (4, 0)]
+HEADS = [*((D, D) for D in (16, 32, 48, 64, 80, 96, 112, 192, 256, 512)), (192, 128), (128, 64)]
+GROUPS = [(1, 1), (3, 1), (5, 1), (7, 2), (16, 1), (1, 16), (2, 3), (71, 1)]  # heads per KV head, query rows
+CHUNKS = [(1, 1), (2, 2), (7, 1), (8, 8), (9, 4), (40, 2)]  # tiles, tiles of a partial result
+ATTN = [
+    *(Attn(bits=bits, gqa=2) for bits in BITS),
+    *(Attn(bits=((2, 3, 4)[i % 3], (3, 4, 2)[i % 3]), D=D, H=1, gqa=(2, 1, 4)[i % 3], tiles=3, chunk=2)
+      for i, D in enumerate(HEADS)),
+    *(Attn(bits=(2, 2), D=(64, D), H=1, gqa=gqa, tiles=3) for D in (128, 256, 512) for gqa in (1, 2, 4, 8)),
+    *(Attn(bits=(0, 0), D=D, H=1, gqa=3, tiles=3) for D in ((64, 64), (80, 80), (256, 256))),
+    *(Attn(D=(64, 64), H=1, gqa=gqa, rows=rows, tiles=3) for gqa, rows in GROUPS),
+    *(Attn(bits=(4, 3), D=(64, 64), H=2, tiles=tiles, chunk=chunk) for tiles, chunk in CHUNKS),
+    *(Attn(bits=(3, 2), D=(32, 64), rows=3, mask=mask, tiles=6, chunk=2) for mask in ("window", "sparse", "nothing", "all")),
+    *(Attn(bits=(0, 4), D=(64, 32), rows=2, mask=mask, tiles=4, chunk=2) for mask in ("window", "sparse", "nothing")),
+    Attn(D=(64, 64), rows=2, streams=(3, 1, 2)),
+    Attn(D=(64, 64), rows=2, streams=(3, 0, 3), one_mask=True, mask="all"),
+    Attn(D=(64, 64), gqa=3, rows=2, sinks=True),
+    Attn(D=(64, 64), gqa=3, rows=2, bias=8.0),
+    Attn(D=(64, 64), gqa=3, rows=2, softcap=10.0),
+    Attn(D=(64, 64), gqa=3, rows=2, sinks=True, bias=4.0, softcap=5.0, mask="nothing"),
+    Attn(D=(64, 64), sharp=60.0),
+]
+# sanitizers take their time: the instances, widths and paths once, small
+ATTN_FEW = [
+    *(Attn(bits=bits, D=(32, 32), H=1, gqa=2, tiles=4, chunk=4) for bits in BITS),
+    *(Attn(bits=(2, 2), D=(16, D), H=1, gqa=gqa, tiles=2, chunk=2) for D in (64, 256, 512) for gqa in (1, 2, 4, 8)),
+    Attn(bits=(3, 3), D=(80, 80), H=1, gqa=3, rows=2, tiles=3, chunk=2, sinks=True, bias=4.0, softcap=5.0, mask="sparse"),
+    Attn(bits=(4, 4), D=(48, 48), H=2, gqa=2, rows=2, tiles=3, chunk=2, mask="nothing", streams=(2, 1, 1)),
+]
+
+
+@pytest.fixture(scope="module")
+def attn_jobs():
+    return {name: [(case, *cases.attn(case, seed)) for seed, case in enumerate(chosen)]
+            for name, chosen in (("all", ATTN), ("few", ATTN_FEW))}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_is_float64s(builds, attn_jobs, mode):
+    few = mode not in ("plain", "fast-math")
+    jobs = attn_jobs["few" if few else "all"]
+    results = builds.run(mode, [job for _, job, _ in jobs], ALL_SCHEDULES if mode == "plain" else FEW_SCHEDULES)
+    for (case, _, expected), written in zip(jobs, results):
+        out, reference = written["out"], expected["out"]
+        assert np.isfinite(out).all(), f"{case}: {mode}: not finite at {np.argwhere(~np.isfinite(out))[0]}"
+        error = np.abs(out - reference)
+        worst = np.unravel_index(error.argmax(), error.shape)
+        limit = ERROR * np.abs(reference).max()
+        assert error.max() <= limit, f"{case}: {mode}: {out[worst]} instead of {reference[worst]} at {worst}, limit {limit}"
+
+
+def test_every_kernel_runs(builds, attn_jobs):
+    """The plans of the jobs reach every instance in the source, in the short list too: none is only compiled."""
+    for jobs in attn_jobs.values():
+        builds.launched.clear()
+        builds.run("plain", [job for _, job, _ in jobs], ["forward 0"])
+        assert builds.launched == set(harness.call([builds.runner("plain")]).split())
+
+
+def test_source_is_metal_of_its_time(builds):
+    builds.syntax()
