@@ -45,7 +45,7 @@
 #define KVARN_FN static inline
 #endif
 
-#define KVARN_FORMAT_VERSION 0    // bump when any stored byte changes meaning; 0 = not frozen yet
+#define KVARN_FORMAT_VERSION 1    // bump when any stored byte changes meaning
 #define KVARN_G              128  // tokens per tile
 #define KVARN_D_MAX          512  // channels per head, at most
 #define KVARN_D_STEP         16   // channels per head are a multiple of this

@@ -35,8 +35,8 @@
 #define LANES 16
 
 enum {
-    CANDIDATES = 3, // ranges tried per channel
-    ROUNDS     = 2, // alternating least-squares rounds
+    ROUNDS = 5, // of alternating least squares
+    ROWS   = 4, // tokens that a walk takes at a time: fewer loads and stores of its sums
 };
 
 static const float X_MAX     = 65504.0f;       // largest finite f16
@@ -44,15 +44,11 @@ static const float RMS_MIN   = 0x1p-40f;       // a tile below this is all zero
 static const float STD_MIN   = 0x1p-10f;       // floor of a token or channel scale, in units of the tile's rms
 static const float TINY      = 0x1p-60f;       // steps and token scales below this count as 0
 static const float FIT_MIN   = 1e-5f;          // share of its second moment below which a variance is rounding noise
-static const float AGREE     = 2.0f;           // keys: y.y/y.c only where cos^2 of y and c is at least 1/2
+static const float AGREE     = 2.0f;           // two rows agree where the square of their cosine is at least 1/2
 static const float ROUND_INT = 12582912.0f;    // 1.5*2^23: adding and subtracting it rounds to an integer, ties to even
 
-// ranges tried, as a share of [min, max], for 2, 3 and 4 bits
-static const float RANGE[3][CANDIDATES] = {
-    { 0.80f, 0.68f, 0.55f },
-    { 0.90f, 0.78f, 0.65f },
-    { 1.00f, 0.92f, 0.82f },
-};
+// where the rounds begin: a share of [min, max], for 2, 3 and 4 bits
+static const float RANGE[3] = { 0.64f, 0.80f, 0.92f };
 
 KVARN_INLINE float max_f32(float a, float b) { return a > b ? a : b; }
 KVARN_INLINE float min_f32(float a, float b) { return a < b ? a : b; }
@@ -183,20 +179,33 @@ KVARN_INLINE void row_codes(int D, float L, const float * restrict y, float r, c
 
 KVARN_INLINE float reciprocal(float v) { return v > TINY ? 1.0f/v : 0.0f; }
 
-// Step 3. One walk over the tile: the codes for scale and mid, then the sums of the next fit,
+// The sums of seal_walk, for four tokens at a time: fewer loads and stores. Compilers do not vectorize this as a loop over tokens.
+KVARN_INLINE void walk_add(int D, const float * restrict y, const float * restrict q, const float * restrict w, float * restrict fit) {
+    float * restrict cc = fit;
+    float * restrict cw = fit + D;
+    float * restrict cy = fit + 2*D;
+    float * restrict wy = fit + 3*D;
+    const float w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
+    for (int d = 0; d < D; ++d) {
+        const float y0 = y[d], y1 = y[D + d], y2 = y[2*D + d], y3 = y[3*D + d];
+        const float c0 = q[d]*w0, c1 = q[D + d]*w1, c2 = q[2*D + d]*w2, c3 = q[3*D + d]*w3;
+        cc[d] = cc[d] + c0*c0 + c1*c1 + c2*c2 + c3*c3;
+        cw[d] = cw[d] + c0*w0 + c1*w1 + c2*w2 + c3*w3;
+        cy[d] = cy[d] + c0*y0 + c1*y1 + c2*y2 + c3*y3;
+        wy[d] = wy[d] + w0*y0 + w1*y1 + w2*y2 + w3*y3;
+    }
+}
+
+// Step 3. One walk over the tile: the codes for scale and mid, for these codes the least-squares scale of each token, and for both the
+// sums of the next fit of scale and mid,
 //   y[t][d] ~ tok[t]*((code - h)*scale[d] + mid[d]),   h = half of the largest code
-// With refit, each token's scale is first replaced by the least-squares one for the codes just found.
 //   fit   out: [5][D], sums over t of (tok*(code - h))^2, tok^2*(code - h), tok*(code - h)*y, tok*y, and once tok^2
-KVARN_INLINE void seal_walk(int D, float L, int refit, const float * restrict y, float * restrict tok,
+KVARN_INLINE void seal_walk(int D, float L, const float * restrict y, float * restrict tok,
                             const float * restrict scale, const float * restrict mid, float * vec, float * fit) {
     float * restrict inv = vec;
     float * restrict off = vec + D;
-    float * restrict q   = vec + 2*D;
-    float * restrict v   = vec + 3*D;
-    float * restrict cc  = fit;
-    float * restrict cw  = fit + D;
-    float * restrict cy  = fit + 2*D;
-    float * restrict wy  = fit + 3*D;
+    float * restrict v   = vec + 2*D;
+    float * restrict q   = vec + 3*D;      // of ROWS tokens
     const float h = 0.5f*L;
     float ww = 0.0f;
     memset(fit, 0, (size_t) (5*D)*sizeof(float));
@@ -204,60 +213,49 @@ KVARN_INLINE void seal_walk(int D, float L, int refit, const float * restrict y,
         inv[d] = reciprocal(scale[d]);
         off[d] = h - mid[d]*inv[d];
     }
-    for (int t = 0; t < G; ++t) {
+    for (int t = 0; t < G; t += ROWS) {
         const float * restrict yt = y + t*D;
-        row_codes(D, L, yt, reciprocal(tok[t]), inv, off, q);
-        if (refit) {
+        float * restrict w = tok + t;
+        for (int i = 0; i < ROWS; ++i) {
+            float * restrict qi = q + i*D;
+            row_codes(D, L, yt + i*D, reciprocal(w[i]), inv, off, qi);
             for (int d = 0; d < D; ++d) {
-                v[d] = (q[d] - h)*scale[d] + mid[d];
+                qi[d] -= h;
+                v[d] = qi[d]*scale[d] + mid[d];
             }
-            const float yv = row_dot(D, yt, v);
+            const float yv = row_dot(D, yt + i*D, v);
             const float vv = row_dot(D, v, v);
-            tok[t] = yv > 0.0f && vv > 0.0f ? min_f32(yv/vv, X_MAX) : 0.0f;
+            w[i] = yv > 0.0f && vv > 0.0f ? min_f32(yv/vv, X_MAX) : 0.0f;
+            ww += w[i]*w[i];
         }
-        const float w = tok[t];
-        for (int d = 0; d < D; ++d) {
-            const float c = (q[d] - h)*w;
-            cc[d] += c*c;
-            cw[d] += c*w;
-            cy[d] += c*yt[d];
-            wy[d] += w*yt[d];
-        }
-        ww += w*w;
+        walk_add(D, yt, q, w, fit);
     }
     fit[4*D] = ww > 0.0f ? ww : 1.0f;
 }
 
-// least-squares scale of channel d; *gain is what it takes off the squared error
-KVARN_INLINE float fit_scale(int D, const float * fit, int d, float * gain) {
+// least-squares scale of channel d
+KVARN_INLINE float fit_scale(int D, const float * fit, int d) {
     const float m   = fit[D + d]/fit[4*D];
     const float cov = fit[2*D + d] - m*fit[3*D + d];
     const float var = fit[d] - m*fit[D + d];
-    const float r   = cov > 0.0f && var > FIT_MIN*fit[d] ? cov/var : 0.0f;
-    *gain = cov*r;
-    return r;
+    return cov > 0.0f && var > FIT_MIN*fit[d] ? cov/var : 0.0f;
 }
 
 KVARN_INLINE float fit_mid(int D, const float * fit, int d, float scale) {
     return (fit[3*D + d] - scale*fit[D + d])/fit[4*D];
 }
 
-// Step 4. Scale and mid of each channel: the best of some ranges, then rounds of alternating least squares with the token scales.
+// Step 4. Scale and mid of each channel, from a range of y/tok and then by rounds of alternating least squares with the token scales.
 // On return scale and mid are f32; fit holds the sums of the last walk.
 KVARN_INLINE void seal_fit(int D, int bits, const float * restrict y, float * restrict tok, float * restrict scale,
                            float * restrict mid, float * vec, float * fit) {
     const float L = (float) ((1 << bits) - 1);
-    float * restrict lo   = vec;
-    float * restrict hi   = vec + D;
-    float * restrict gain = vec + 2*D;
-    float * restrict s    = vec + 3*D;
-    float * restrict m    = vec + 4*D;
-    vec += 5*D;
+    float * restrict lo = vec;
+    float * restrict hi = vec + D;
 
     for (int d = 0; d < D; ++d) {
-        lo  [d] = INFINITY;
-        hi  [d] = -INFINITY;
-        gain[d] = -1.0f;
+        lo[d] = INFINITY;
+        hi[d] = -INFINITY;
     }
     for (int t = 0; t < G; ++t) {
         const float r = reciprocal(tok[t]);
@@ -267,29 +265,24 @@ KVARN_INLINE void seal_fit(int D, int bits, const float * restrict y, float * re
             hi[d] = max_f32(hi[d], v);
         }
     }
-    for (int k = 0; k < CANDIDATES + ROUNDS; ++k) {
-        const int   refit = k >= CANDIDATES;
-        const float share = refit ? 0.0f : RANGE[bits - 2][k]/L;
+    const float share = RANGE[bits - 2]/L;
+    for (int d = 0; d < D; ++d) {
+        scale[d] = (hi[d] - lo[d])*share;
+        mid  [d] = (hi[d] + lo[d])*0.5f;
+    }
+    for (int k = 0; k < ROUNDS; ++k) {
+        seal_walk(D, L, y, tok, scale, mid, vec, fit);
         for (int d = 0; d < D; ++d) {
-            s[d] = refit ? scale[d] : (hi[d] - lo[d])*share;
-            m[d] = refit ? mid[d]   : (hi[d] + lo[d])*0.5f;
-        }
-        seal_walk(D, L, refit, y, tok, s, m, vec, fit);
-        for (int d = 0; d < D; ++d) {
-            float g;
-            const float r = fit_scale(D, fit, d, &g);
-            if (refit || g > gain[d]) {
-                gain [d] = g;
-                scale[d] = r;
-                mid  [d] = fit_mid(D, fit, d, r);
-            }
+            scale[d] = fit_scale(D, fit, d);
+            mid  [d] = fit_mid(D, fit, d, scale[d]);
         }
     }
 }
 
 // Step 5. Scale and zero to f16, codes for exactly these, token scales for exactly those.
-//   keys     y.y/y.c: a key keeps its length along itself, so that scores do not shrink; least squares where y and c hardly agree
-//   values   y.c/c.c: least squares
+//   keys     y.y/y.c: a key keeps its length along itself, so that scores do not shrink
+//   values   |y|/|c|: a value keeps its length
+//   both     y.c/c.c, least squares, where y and c hardly agree
 KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float * restrict y, float * restrict tok,
                              float * restrict scale, const float * restrict mid, float * vec, const float * restrict fit,
                              uint8_t * restrict code, uint8_t * tile) {
@@ -337,8 +330,8 @@ KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float *
         const float cc = row_dot(D, v, v);
         const float yy = row_dot(D, yt, yt);
         float r = yc > 0.0f && cc > 0.0f ? yc/cc : 0.0f;
-        if (side == KVARN_KEY && r > 0.0f && AGREE*yc*yc >= yy*cc) {
-            r = yy/yc;
+        if (r > 0.0f && AGREE*yc*yc >= yy*cc) {
+            r = side == KVARN_KEY ? yy/yc : sqrtf(yy/cc);
         }
         tok[t] = r*rms;
         t_max  = max_f32(t_max, tok[t]);
@@ -436,7 +429,7 @@ int kvarn_format_version(void) { return KVARN_FORMAT_VERSION; }
 
 int kvarn_tile_bytes(int D, int bits) { return kvarn_is_valid(D, bits) ? kvarn_tile_size(D, bits) : 0; }
 
-enum { VECTORS = 17 }; // channel vectors in the scratch memory, behind the tile in f32 and before its codes in bytes
+enum { VECTORS = 15 }; // channel vectors in the scratch memory, behind the tile in f32 and before its codes in bytes
 
 int kvarn_seal_scratch(int D) { return G*D + VECTORS*D + G*D/4; }
 

@@ -14,11 +14,11 @@ seal() chooses them in these steps; y is x in units of its own root mean square,
     (4)  code = round(clip((y/tok - mid)/scale + h, 0, L)),  mid = zero + h*scale
     (5)  scale, mid = argmin sum_t (y - tok*((code - h)*scale + mid))^2                     for each channel
     (6)  tok[t] = argmin sum_d (y - tok*v)^2 = y.v/v.v,  v[d] = (code - h)*scale + mid
-    (7)  keys: token = y.y/y.v,  values: token = y.v/v.v,  v[d] = code*scale + zero
+    (7)  keys: token = y.y/y.v,  values: token = |y|/|v|,  v[d] = code*scale + zero
 
-(4) and (5) run for three shares of [min, max] of y/tok and the best fit of each channel stays; then (4), (6), (5) twice; then
-scale and zero become f16, (4) and (7) follow for these exact values. A least-squares key (6) is shorter than the key by its own
-noise, which flattens every softmax; (7) keeps the key's length along itself. SPDX-License-Identifier: MIT
+Scale and mid begin with a share of [min, max] of y/tok; then (4), (6), (5) five times; then scale and zero become f16, (4) and (7)
+follow for these exact values. A least-squares row (6) is shorter than the true one by its own noise: for keys that flattens every
+softmax, so (7) keeps a key's length along itself; a value keeps its length. SPDX-License-Identifier: MIT
 """
 
 import numpy as np
@@ -31,9 +31,9 @@ RMS_MIN = F32(2.0**-40)  # a tile below this is all zero
 STD_MIN = F32(2.0**-10)  # floor of the scales of (3)
 TINY = F32(2.0**-60)  # steps and token scales below this count as 0
 FIT_MIN = F32(1e-5)  # share of its second moment below which a variance is rounding noise
-AGREE = F32(2.0)  # (7) for keys only where cos^2 of y and v is at least 1/2
-RANGE = {2: (0.80, 0.68, 0.55), 3: (0.90, 0.78, 0.65), 4: (1.00, 0.92, 0.82)}  # shares of [min, max] tried
-ROUNDS = 2  # of (4), (6), (5)
+AGREE = F32(2.0)  # (7) only where cos^2 of y and v is at least 1/2, else (6)
+RANGE = {2: 0.64, 3: 0.80, 4: 0.92}  # share of [min, max] to begin with
+ROUNDS = 5  # of (4), (6), (5)
 
 PAPER_LOG_SCALE = (-0.3, 10.0)  # clamp of a log scale
 PAPER_STD = (1e-3, 1e3)  # clamp of one std
@@ -152,7 +152,7 @@ def _codes(y, tok_reciprocal, inv, off, L):
 
 
 def _fit(y, tok, q):
-    """(5) for q = code - h: scale, gain (what it takes off the squared error) and the sums that _mid needs; all f32 [D]."""
+    """(5) for q = code - h: scale f32 [D], and the sums that _mid needs."""
     w = tok[:, None]
     c = q * w
     cc, cw, cy, wy = (_over_tokens(a) for a in (c * c, c * w, c * y, w * y))
@@ -163,7 +163,7 @@ def _fit(y, tok, q):
     var = cc - m * cw
     ok = (cov > 0) & (var > FIT_MIN * cc)
     scale = np.divide(cov, var, out=np.zeros_like(cov), where=ok)
-    return scale, cov * scale, (wy, cw, ww)
+    return scale, (wy, cw, ww)
 
 
 def _mid(sums, scale):
@@ -194,20 +194,12 @@ def seal(x, side, bits):
 
     v = y * _reciprocal(tok)[:, None]
     lo, hi = v.min(axis=0), v.max(axis=0)
-    best = np.full(D, F32(-1))
-    scale, mid = np.zeros(D, F32), np.zeros(D, F32)
-    for share in RANGE[bits]:
-        s, m = (hi - lo) * (F32(share) / L), (hi + lo) * F32(0.5)
-        inv = _reciprocal(s)
-        s, gain, sums = _fit(y, tok, _codes(y, _reciprocal(tok), inv, h - m * inv, L) - h)
-        better = gain > best
-        best = np.where(better, gain, best)
-        scale, mid = np.where(better, s, scale), np.where(better, _mid(sums, s), mid)
+    scale, mid = (hi - lo) * (F32(RANGE[bits]) / L), (hi + lo) * F32(0.5)
     for _ in range(ROUNDS):
         inv = _reciprocal(scale)
         q = _codes(y, _reciprocal(tok), inv, h - mid * inv, L) - h
         tok = np.minimum(_least_squares(y, q * scale + mid)[2], X_MAX)
-        scale, _, sums = _fit(y, tok, q)
+        scale, sums = _fit(y, tok, q)
         mid = _mid(sums, scale)
 
     # a power of two moves from token to scale and zero, so that token is 1 at most, unless scale or zero would leave f16
@@ -222,10 +214,12 @@ def seal(x, side, bits):
     code = _codes(y, _reciprocal(tok) * unit, inv, -zero * inv, L)
 
     yv, vv, token = _least_squares(y, code * scale + zero)
+    yy = _over_channels(y * y)
+    agree = (token > 0) & (AGREE * yv * yv >= yy * vv)
     if side == "k":
-        yy = _over_channels(y * y)
-        agree = (token > 0) & (AGREE * yv * yv >= yy * vv)
         token = np.divide(yy, yv, out=token, where=agree)
+    else:
+        token = np.where(agree, np.sqrt(np.divide(yy, vv, out=np.zeros_like(yy), where=agree)), token)
     token = token * rms
     f, largest = F32(1), np.maximum(scale, abs(zero)).max()
     while token.max() > f and F32(2) * f * largest <= X_MAX:
