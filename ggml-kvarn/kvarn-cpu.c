@@ -107,7 +107,7 @@ const struct kvarn_cpu_kernels * kvarn_cpu_portable(void) {
 
 const struct kvarn_cpu_kernels * kvarn_cpu_find(const char * name) {
     static const struct kvarn_cpu_kernels * (* const sets[])(int fast) = { // the best first
-        kvarn_cpu_avx2, kvarn_cpu_i8mm, kvarn_cpu_dotprod, kvarn_cpu_neon,
+        kvarn_cpu_avx512, kvarn_cpu_avx2, kvarn_cpu_i8mm, kvarn_cpu_dotprod, kvarn_cpu_neon,
     };
     enum { N_SETS = sizeof(sets)/sizeof(sets[0]) };
 

@@ -47,7 +47,8 @@ const struct kvarn_cpu_kernels * kvarn_cpu_find(const char * name);
 
 // One function per instruction set; NULL where the processor lacks it. The fast mode rounds q and p to 8 bits instead of 16.
 const struct kvarn_cpu_kernels * kvarn_cpu_portable(void);
-const struct kvarn_cpu_kernels * kvarn_cpu_avx2(int fast); // AVX2, FMA, F16C
+const struct kvarn_cpu_kernels * kvarn_cpu_avx2(int fast);    // AVX2, FMA, F16C
+const struct kvarn_cpu_kernels * kvarn_cpu_avx512(int fast);  // AVX-512 with F, BW, DQ, VL and VNNI
 const struct kvarn_cpu_kernels * kvarn_cpu_neon(int fast);    // any 64-bit ARM
 const struct kvarn_cpu_kernels * kvarn_cpu_dotprod(int fast); // FEAT_DotProd
 const struct kvarn_cpu_kernels * kvarn_cpu_i8mm(int fast);    // FEAT_I8MM
