@@ -105,6 +105,9 @@ AVX512_INLINE void load_words(const int bits, const int pass, const uint8_t * ro
     }
 }
 
+// sum += a*b, in assembly so that it stays in its register: with intrinsics compilers copy every second sum around.
+#define ADD_PRODUCTS(instruction, sum, a, b) __asm__(instruction " %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b))
+
 // acc[v][field] = sums of products of nv vectors with the codes of a unit
 AVX512_INLINE void dot_codes(const int side, const int fast, const int bits, const int pass, const int nv, int n_r, const uint8_t * at,
                              int row_size, int X, __mmask16 live[2], const uint8_t * ahead, const int32_t * vec, __m512i acc[NV][NF]) {
@@ -130,7 +133,7 @@ AVX512_INLINE void dot_codes(const int side, const int fast, const int bits, con
                 const __m512i c = _mm512_and_si512(w, _mm512_set1_epi8((char) (width << (at_bit - down))));
                 for (int v = 0; v < nv; ++v) {
                     const __m512i b = _mm512_set1_epi32(vec[v*n_r/4 + R]);
-                    sum[v][i] = side == KVARN_KEY ? _mm512_dpbusd_epi32(sum[v][i], c, b) : _mm512_dpbusd_epi32(sum[v][i], b, c);
+                    ADD_PRODUCTS("vpdpbusd", sum[v][i], side == KVARN_KEY ? c : b, side == KVARN_KEY ? b : c);
                 }
             }
             continue;
@@ -144,7 +147,7 @@ AVX512_INLINE void dot_codes(const int side, const int fast, const int bits, con
             for (int v = 0; v < nv; ++v) {
                 const __m512i b = _mm512_set1_epi32(vec[v*n_r/2 + 2*R + odd]);
                 for (int i = 0; i < NF; ++i) {
-                    sum[v][i] = _mm512_dpwssd_epi32(sum[v][i], c[i], b);
+                    ADD_PRODUCTS("vpdpwssd", sum[v][i], c[i], b);
                 }
             }
         }

@@ -6,7 +6,8 @@
 //   ./cpu-kernels [--set NAME] [--quick] > cpu-kernels.csv           one thread; pin it: taskset -c 1 ./cpu-kernels
 //
 // Columns:
-//   ns         one K tile and one V tile for all query heads that share them (attend), one tile (seal, unseal); median of rounds
+//   median_ns  one K tile and one V tile for all query heads that share them (attend), one tile (seal, unseal)
+//   best_ns    the same, the shortest of some rounds; what follows is computed from it
 //   gcodes     codes per ns, counted once, not per query head
 //   gbs        bytes of the tiles per ns; cold: every tile comes from memory, hot: all stay in the L2 cache
 //   stream     gbs as a share of what reading memory in order reaches, measured in the same run
@@ -26,6 +27,7 @@
 #include <ctime>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -42,8 +44,12 @@ static double now() {
     return 1e9*t.tv_sec + t.tv_nsec;
 }
 
-// ns per call: the median of rounds of at least a millisecond each, or the shortest
-template <typename F> static double measure(F && f, int n_rounds, bool shortest = false) {
+struct timing {
+    double best, median; // ns per call
+};
+
+// rounds of at least a millisecond each
+template <typename F> static timing measure(F && f, int n_rounds) {
     int n = 1;
     for (double ns = 0; ns < 1e6; n *= 2) {
         const double t = now();
@@ -57,7 +63,7 @@ template <typename F> static double measure(F && f, int n_rounds, bool shortest 
         all.push_back((now() - t)/n);
     }
     std::sort(all.begin(), all.end());
-    return all[shortest ? 0 : n_rounds/2];
+    return { all[0], all[n_rounds/2] };
 }
 
 // --- ceilings ---
@@ -65,20 +71,20 @@ template <typename F> static double measure(F && f, int n_rounds, bool shortest 
 static volatile uint64_t sink;
 
 static double stream_gbs(const std::vector<uint8_t> & memory) {
-    const double ns = measure([&] {
+    const timing t = measure([&] {
         uint64_t sum[8] = { 0 };
         const uint64_t * p = (const uint64_t *) memory.data();
         for (size_t i = 0; i < memory.size()/8; i += 8) {
             for (int j = 0; j < 8; ++j) { sum[j] += p[i + j]; }
         }
         sink = sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
-    }, 9, true);
-    return memory.size()/ns;
+    }, 9);
+    return memory.size()/t.best;
 }
 
 static double copy_gbs(std::vector<uint8_t> & memory) {
     const size_t half = memory.size()/2;
-    return 2*half/measure([&] { memcpy(memory.data(), memory.data() + half, half); sink = memory[half/3]; }, 9, true);
+    return 2*half/measure([&] { memcpy(memory.data(), memory.data() + half, half); sink = memory[half/3]; }, 9).best;
 }
 
 // One kind of multiply over independent accumulators; the values do not matter.
@@ -100,7 +106,7 @@ PEAK(int8_avx2,   "avx2",               __m256i, _mm256_set1_epi8(1),  _mm256_ma
 PEAK(f32_avx512,  "avx512f",            __m512,  _mm512_set1_ps(1.0f), _mm512_fmadd_ps(a, x, x))
 PEAK(int8_avx512, "avx512f,avx512vnni", __m512i, _mm512_set1_epi8(1),  _mm512_dpbusd_epi32(a, x, x))
 
-static double products(void (* f)(), int lanes) { return 12.0*PEAK_ROUNDS*lanes/measure(f, 15, true); }
+static double products(void (* f)(), int lanes) { return 12.0*PEAK_ROUNDS*lanes/measure(f, 25).best; }
 #endif
 
 struct peaks {
@@ -255,7 +261,7 @@ int main(int argc, char ** argv) {
     std::vector<uint8_t>().swap(memory);
     fprintf(stderr, "read %.1f GB/s, copy %.1f GB/s (read + write)\n", stream, copy);
 
-    printf("set,op,bits_k,bits_v,heads,where,ns,gcodes,gbs,stream,multiply,error\n");
+    printf("set,op,bits_k,bits_v,heads,where,median_ns,best_ns,gcodes,gbs,stream,multiply,error\n");
     bool good = true;
     for (const kvarn_cpu_kernels * set : sets) {
         const peaks peak = measure_peaks(set->name);
@@ -269,14 +275,16 @@ int main(int argc, char ** argv) {
                 good = good && (fast || error < 5e-3);
                 for (const char * where : { "hot", "cold" }) {
                     const size_t pair = kvarn_tile_bytes(D, bits[0]) + kvarn_tile_bytes(D, bits[1]);
-                    const int    n    = strcmp(where, "hot") ? (int) (((size_t) (quick ? 64 : 160) << 20)/pair) : (int) ((192 << 10)/pair);
-                    const tiles k = sealed(KVARN_KEY, bits[0], n, false, 1), v = sealed(KVARN_VALUE, bits[1], n, false, 2);
+                    const size_t all  = strcmp(where, "hot") ? (size_t) (quick ? 64 : 160) << 20 : 192 << 10;
+                    const int    n    = (int) (all/pair);
+                    const tiles  k = sealed(KVARN_KEY, bits[0], n, false, 1), v = sealed(KVARN_VALUE, bits[1], n, false, 2);
                     attention a(set, bits[0], bits[1], n_q, 1.0f, 3);
                     int i = 0;
-                    const double ns = measure([&] { a.add(k, v, i); i = i + 1 < n ? i + 1 : 0; }, n_rounds);
-                    const double top = is_f32 ? peak.f32 : peak.int8;
-                    printf("%s,attend,%d,%d,%d,%s,%.0f,%.2f,%.2f,%.3f,%.3f,%.1e\n", set->name, bits[0], bits[1], n_q, where, ns, 2.0*G*D/ns,
-                           pair/ns, pair/ns/stream, top > 0 ? 2.0*G*D*n_q*(fast || is_f32 ? 1 : 2)/ns/top : 0.0, error);
+                    const timing t = measure([&] { a.add(k, v, i); i = i + 1 < n ? i + 1 : 0; }, n_rounds);
+                    const double top = is_f32 ? peak.f32 : peak.int8, ns = t.best;
+                    printf("%s,attend,%d,%d,%d,%s,%.0f,%.0f,%.2f,%.2f,%.3f,%.3f,%.1e\n", set->name, bits[0], bits[1], n_q, where,
+                           t.median, ns, 2.0*G*D/ns, pair/ns, pair/ns/stream,
+                           top > 0 ? 2.0*G*D*n_q*(fast || is_f32 ? 1 : 2)/ns/top : 0.0, error);
                     fflush(stdout);
                 }
             }
@@ -288,10 +296,13 @@ int main(int argc, char ** argv) {
     for (int side : { KVARN_KEY, KVARN_VALUE }) {
         for (int bits : { 2, 3, 4 }) {
             std::vector<uint8_t> tile(kvarn_tile_bytes(D, bits));
-            const double seal   = measure([&] { kvarn_seal_ref  (side, bits, D, x.data(), tile.data(), scratch.data()); }, n_rounds);
-            const double unseal = measure([&] { kvarn_unseal_ref(side, bits, D, tile.data(), y.data()); }, n_rounds);
-            printf("%s,seal,%d,%d,,hot,%.0f,%.2f,%.2f,,,\n",   side == KVARN_KEY ? "keys" : "values", bits, bits, seal, G*D/seal, 4.0*G*D/seal);
-            printf("%s,unseal,%d,%d,,hot,%.0f,%.2f,%.2f,,,\n", side == KVARN_KEY ? "keys" : "values", bits, bits, unseal, G*D/unseal, 4.0*G*D/unseal);
+            const timing seal   = measure([&] { kvarn_seal_ref  (side, bits, D, x.data(), tile.data(), scratch.data()); }, n_rounds);
+            const timing unseal = measure([&] { kvarn_unseal_ref(side, bits, D, tile.data(), y.data()); }, n_rounds);
+            for (const auto & row : { std::make_pair("seal", seal), std::make_pair("unseal", unseal) }) {
+                const timing & t = row.second;
+                printf("%s,%s,%d,%d,,hot,%.0f,%.0f,%.2f,%.2f,,,\n", side == KVARN_KEY ? "keys" : "values", row.first, bits, bits,
+                       t.median, t.best, G*D/t.best, 4.0*G*D/t.best);
+            }
         }
     }
     if (!good) {
