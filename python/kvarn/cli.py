@@ -1,10 +1,11 @@
 """Console scripts: `kvarn` with its subcommands, and llama-cli, llama-server, ... of this install.
 
     kvarn demo [--quick] [--model FILE]    the same problems with four caches, side by side
+    kvarn bench [--model FILE]             decode and prefill speed at depth
     kvarn run TOOL ARGS...                 a bundled tool by name, where another llama.cpp is on PATH too
     kvarn env                              two exports that make any llama-cpp-python use these libraries
 
-Nothing here needs llama-cpp-python, except demo. SPDX-License-Identifier: MIT
+Nothing here needs llama-cpp-python, except demo and bench. SPDX-License-Identifier: MIT
 """
 
 import argparse
@@ -64,13 +65,19 @@ def main(argv: "list[str] | None" = None) -> int:
     run.add_argument("tool", choices=TOOLS, metavar="TOOL")
     run.add_argument("arguments", nargs=argparse.REMAINDER)
     commands.add_parser("env", help="print the exports that make llama-cpp-python use these libraries: eval \"$(kvarn env)\"")
+    bench = commands.add_parser("bench", help="decode and prefill speed at depth, cache types side by side")
+    from . import bench as bench_module
     from . import demo as demo_module
     demo_module.add_arguments(demo)
+    bench_module.add_arguments(bench)
     args = parser.parse_args(argv)
     if args.command == "run":
         return execute(args.tool, args.arguments)
     if args.command == "env":
         return print_env()
+    if args.command == "bench":
+        args.words = (sys.argv[1:] if argv is None else argv)[1:]
+        return bench_module.run(args)
     return demo_module.run(args)
 
 
