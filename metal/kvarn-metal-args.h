@@ -6,9 +6,11 @@
 #ifndef KVARN_METAL_ARGS_H
 #define KVARN_METAL_ARGS_H
 
-// entries of the plan's map, as in kvarn-graph.h
+// as in kvarn-graph.h: entries of the plan's map, the width of lossless tiles and what their rows are xor-ed with
 #define KVARN_METAL_SEALED (-1)
 #define KVARN_METAL_EMPTY  (-2)
+#define KVARN_METAL_EXACT  16
+#define KVARN_METAL_XOR    0x5a5a
 
 // function constants: known when a pipeline is compiled, so that a pipeline holds the code of one width and head size only
 #define KVARN_FC_BITS_K  2200   // 0: an f16 cache; SEAL and GET: the width of their side

@@ -175,4 +175,47 @@ static inline kvarn_metal_dispatch kvarn_metal_plan_reduce(const kvarn_metal_red
     return d;
 }
 
+struct kvarn_metal_tiles_op {
+    int32_t side, bits, D, H;
+    int32_t n_rows, n_seal, n_tiles;   // of the plan
+    int32_t s0;                        // GET: first stream
+    kvarn_metal_tensor tail;           // [D*H, rows]
+    kvarn_metal_tensor out;            // GET: [D, H, n_kv, n_stream]
+};
+
+static inline kvarn_metal_dispatch kvarn_metal_plan_tiles(const char * name, const kvarn_metal_tiles_op & op, int32_t list_off) {
+    kvarn_metal_tiles_args a = {};
+    a.tail_row   = op.tail.nb[1];
+    a.out_row    = op.out.nb[2];
+    a.out_stream = op.out.nb[3];
+    a.H          = op.H;
+    a.n_tiles    = op.n_tiles;
+    a.list_off   = list_off;
+    a.s0         = op.s0;
+
+    kvarn_metal_dispatch d = kvarn_metal_launch(name, 3, &a, sizeof(a));
+    d.constant[KVARN_FC_BITS_K - KVARN_FC_FIRST] = op.bits;
+    d.constant[KVARN_FC_D_K    - KVARN_FC_FIRST] = op.D;
+    d.constant[KVARN_FC_SIDE   - KVARN_FC_FIRST] = op.side;
+    d.groups[1] = (uint32_t) op.H;
+    return d;
+}
+
+static inline kvarn_metal_dispatch kvarn_metal_plan_seal(const kvarn_metal_tiles_op & op) {
+    kvarn_metal_dispatch d = kvarn_metal_plan_tiles("kernel_kvarn_seal", op, op.n_rows);
+    d.groups[0] = (uint32_t) op.n_seal;
+    d.groups[2] = 1;
+    d.threads   = op.D <= 128 ? 128 : 256;
+    d.memory    = (uint32_t) (sizeof(float)*(6*op.D + 3*KVARN_G));
+    return d;
+}
+
+static inline kvarn_metal_dispatch kvarn_metal_plan_get(const kvarn_metal_tiles_op & op) {
+    kvarn_metal_dispatch d = kvarn_metal_plan_tiles("kernel_kvarn_get", op, op.n_rows + 2*op.n_seal);
+    d.groups[0] = (uint32_t) (op.out.ne[2]/KVARN_G);
+    d.groups[2] = (uint32_t) op.out.ne[3];
+    d.threads   = 128;
+    return d;
+}
+
 #endif

@@ -176,3 +176,99 @@ def attend(case: Attn, q, dense, mask, sinks, scale) -> np.ndarray:
             total = p.sum(1, keepdims=True) + (np.exp(float(sinks[hd]) - top) if sinks is not None else 0.0)
             out[s, :, hd] = p @ v / np.where(total > 0, total, 1.0)
     return out
+
+
+# --- SEAL and GET
+
+
+@dataclass(frozen=True)
+class Tiles:
+    side: int = 0
+    bits: int = 4
+    D: int = 64
+    H: int = 2
+    data: str = "gaussian"
+
+    def __str__(self) -> str:
+        return Attn.__str__(self)
+
+
+EXACT, XOR = 16, 0x5A5A  # KVARN_BITS_EXACT: tiles that keep their rows
+SLOTS, TILES, STREAMS, ROWS = 3, 3, 2, 5
+
+
+def rows_of(case: Tiles, rng, slots: int) -> np.ndarray:
+    """f16 [slots, 128, H, D]"""
+    x = rng.standard_normal((slots, G, case.H, case.D)) * np.exp(0.5 * rng.standard_normal((slots, G, case.H, 1)))
+    x *= np.exp(0.5 * rng.standard_normal((slots, 1, case.H, case.D)))
+    if case.data == "wild":  # everything a codec must survive
+        x[0, :, 0] = 0.0
+        x[0, :, -1] = 7.0
+        x[2, 3] = np.nan
+        x[2, :, :, 5] = np.inf
+        x[2, 7] *= 300
+        x[2, 8] *= 1e-6
+        x[2, ::3, -1] = -np.inf
+        x[2, 1::3, -1, ::2] = 0.0
+    return x.astype(np.float16)
+
+
+def plan_of(case: Tiles) -> "tuple[np.ndarray, np.ndarray, np.ndarray]":
+    """The whole plan, its seal list (-1: nothing) and its map."""
+    pairs = np.array([[2, 1], [-1, -1], [0, TILES]], np.int64)
+    where = np.full(TILES * STREAMS, EMPTY, np.int64)
+    where[pairs[pairs[:, 0] >= 0, 1]] = SEALED
+    where[0], where[TILES + 1], where[TILES + 2] = 1, EMPTY, 2
+    return np.concatenate([np.full(ROWS, 9, np.int64), pairs.ravel(), where]), pairs, where
+
+
+def tile_bytes(case: Tiles, rows: np.ndarray) -> np.ndarray:
+    """What a tile holds for f16 [128, D]."""
+    if case.bits == EXACT:
+        tile = np.full(case.D * G * 2 + 4 * case.D + 2 * G, 0xA5, np.uint8)
+        tile[:case.D * G * 2] = (np.ascontiguousarray(rows).view(np.uint16) ^ XOR).view(np.uint8).ravel()
+        return tile
+    with np.errstate(all="ignore"):
+        return reference.seal(rows.astype(np.float32), SIDE[case.side], case.bits)
+
+
+def tiles(case: Tiles, op: str, seed: int = 0) -> "tuple[Job, dict]":
+    """SEAL: the job and all tiles afterwards; GET: the job and the rows of the second stream, sealed, empty and open."""
+    rng = np.random.default_rng(seed)
+    rows = rows_of(case, rng, SLOTS)
+    plan, pairs, where = plan_of(case)
+    size = len(tile_bytes(Tiles(case.side, case.bits, case.D), np.zeros((G, case.D), np.float16)))
+    data = np.full((STREAMS * TILES, case.H, size), 0xA5, np.uint8)
+    job = Job(op, f"{op},{case}")
+    job.give("plan", plan)
+    for name, value in (("side", case.side), ("bits", case.bits), ("D", case.D), ("H", case.H), ("n_rows", ROWS),
+                        ("n_seal", len(pairs)), ("n_tiles", TILES), ("s0", 1 if op == "get" else 0)):
+        job.value(name, value)
+    job.tensor("tail", (case.D * case.H, SLOTS * G), (2, 2 * case.D * case.H))
+    if op == "seal":
+        job.give("tail", rows)
+        job.give("tiles", data.copy(), is_written=True)
+        for slot, tile in pairs[pairs[:, 0] >= 0]:
+            for h in range(case.H):
+                data[tile, h] = tile_bytes(case, rows[slot, :, h])
+        return job, {"tiles": data}
+
+    used = TILES
+    out = np.zeros((1, used * G, case.H, case.D), np.float16)
+    for i in range(used):
+        tile, part = TILES + i, slice(i * G, (i + 1) * G)
+        if where[tile] == SEALED:
+            for h in range(case.H):
+                if case.bits == EXACT:
+                    data[tile, h] = tile_bytes(case, rows[2, :, h])
+                    out[0, part, h] = rows[2, :, h]
+                else:
+                    data[tile, h] = random_tile(rng, SIDE[case.side], case.bits, case.D)
+                    out[0, part, h] = reference.unseal(data[tile, h], SIDE[case.side], case.bits, case.D)
+        elif where[tile] >= 0:
+            out[0, part] = rows[where[tile]]
+    job.give("tail", rows)
+    job.give("tiles", data)
+    job.take("out", np.float16, out.shape)
+    job.tensor("out", out.shape[::-1], out.strides[::-1])
+    return job, {"out": out}

@@ -17,7 +17,7 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-KERNELS = [ROOT / "metal" / "kvarn.metal"]
+KERNELS = [ROOT / "metal" / name for name in ("kvarn.metal", "kvarn_tiles.metal")]
 INCLUDES = [f"-I{HERE}", f"-I{ROOT / 'metal'}", f"-I{ROOT / 'ggml-kvarn'}"]
 
 # every mode compiles this way: half arithmetic rounds after each operation, nothing is contracted unless the mode says so
@@ -34,7 +34,7 @@ MODES = {  # name -> flags of the kernels, flags of the link
               ["-fsanitize=undefined"]),
 }
 SYNTAX = ["-std=c++14", "-Werror=c++17-extensions"]  # the language is C++14
-HOST, HOST_LOCK = {}, threading.Lock()
+HOST, LOCK = {}, threading.Lock()
 SYMBOLIZER = f":external_symbolizer_path={shutil.which('llvm-symbolizer-19') or shutil.which('addr2line') or ''}"
 ENVIRONMENT = {
     "TSAN_OPTIONS": "halt_on_error=1:atexit_sleep_ms=0:report_bugs=1" + SYMBOLIZER,
@@ -84,6 +84,7 @@ class Builds:
 
     def __init__(self, folder: Path, sources: "list[Path]" = KERNELS):
         self.folder, self.translated, self.made, self.launched = Path(folder), [], {}, set()
+        self.locks = {mode: threading.Lock() for mode in MODES}
         self.folder.mkdir(parents=True, exist_ok=True)
         for source in sources:
             self.translated.append(self.folder / f"{source.stem}.cpp")
@@ -95,7 +96,7 @@ class Builds:
 
     def host(self) -> "list[Path]":
         """The runner and the executor, without sanitizers: the same objects for every build of every source."""
-        with HOST_LOCK:
+        with LOCK:
             for name in ("executor", "runner"):
                 if name not in HOST:
                     target = self.folder / f"{name}.o"
@@ -105,19 +106,21 @@ class Builds:
         return list(HOST.values())
 
     def runner(self, mode: str) -> Path:
-        if mode not in self.made:
-            compile_flags, link_flags = MODES[mode]
-            kernels, runner = [], self.folder / f"runner-{mode}"
-            for translated in self.translated:
-                kernels.append(translated.with_name(f"{translated.stem}-{mode}.o"))
-                call([compiler(), *COMMON, *machine_flags(), *INCLUDES, *compile_flags, "-c", translated, "-o", kernels[-1]])
-            call([compiler(), *link_flags, *kernels, *self.host(), "-o", runner])
-            self.made[mode] = runner
+        with self.locks[mode]:
+            return self.made.get(mode) or self.make(mode)
+
+    def make(self, mode: str) -> Path:
+        compile_flags, link_flags = MODES[mode]
+        kernels, self.made[mode] = [], self.folder / f"runner-{mode}"
+        for translated in self.translated:
+            kernels.append(translated.with_name(f"{translated.stem}-{mode}.o"))
+            call([compiler(), *COMMON, *machine_flags(), *INCLUDES, *compile_flags, "-c", translated, "-o", kernels[-1]])
+        call([compiler(), *link_flags, *kernels, *self.host(), "-o", self.made[mode]])
         return self.made[mode]
 
-    def run(self, mode: str, jobs: "list[Job]", schedules: "list[str]") -> "list[dict]":
-        """What each job wrote: arrays by name."""
-        runner, base = self.runner(mode), self.folder / f"jobs-{mode}"
+    def run(self, mode: str, jobs: "list[Job]", schedules: "list[str]", label: str = "") -> "list[dict]":
+        """What each job wrote: arrays by name. Runs at the same time need a label each."""
+        runner, base = self.runner(mode), self.folder / f"jobs-{mode}-{label}"
         text, data, offset = [], [], 0
         for job in jobs:
             text += [f"op {job.op}", f"case {job.name}", *job.facts]

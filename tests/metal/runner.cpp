@@ -49,8 +49,8 @@ static void fail(const std::string & what) {
     _exit(2);
 }
 
-// Launches one dispatch; sources by name, in the order of the node's sources, then the result. Arguments lie in guarded memory too:
-// a kernel may not read beyond them either.
+// Launches one dispatch; sources by name, in the order of the node's sources, then the result. The arguments lie in guarded
+// memory, too: a kernel may not read beyond them either.
 static void launch(const kvarn_metal_dispatch & d, run & r, const std::vector<std::string> & names, const msl_schedule & order) {
     msl_dispatch m = {};
     m.kernel = d.name;
@@ -102,6 +102,25 @@ static void run_attn(run & r, const msl_schedule & schedule) {
     launch(kvarn_metal_plan_reduce(reduce), r, { "part", "sinks", "out" }, schedule);
 }
 
+static void run_tiles(run & r, const msl_schedule & schedule) {
+    kvarn_metal_tiles_op op = {};
+    op.side    = r.i["side"];
+    op.bits    = r.i["bits"];
+    op.D       = r.i["D"];
+    op.H       = r.i["H"];
+    op.n_rows  = r.i["n_rows"];
+    op.n_seal  = r.i["n_seal"];
+    op.n_tiles = r.i["n_tiles"];
+    op.s0      = r.i["s0"];
+    op.tail    = r.t["tail"];
+    op.out     = r.t["out"];
+    if (r.op == "seal") {
+        launch(kvarn_metal_plan_seal(op), r, { "tail", "plan", "", "tiles" }, schedule);
+    } else {
+        launch(kvarn_metal_plan_get(op), r, { "tail", "plan", "tiles", "out" }, schedule);
+    }
+}
+
 // a kernel by itself: buffers b0, b1, ..
 static void run_kernel(run & r, const msl_schedule & schedule) {
     msl_dispatch m = {};
@@ -133,6 +152,8 @@ static void run_job(run & r, const bytes & input, std::ofstream & output) {
         }
         if (r.op == "attn") {
             run_attn(r, r.schedules[n]);
+        } else if (r.op == "seal" || r.op == "get") {
+            run_tiles(r, r.schedules[n]);
         } else if (r.op == "kernel") {
             run_kernel(r, r.schedules[n]);
         } else {
