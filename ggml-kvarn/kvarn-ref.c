@@ -22,12 +22,18 @@
 
 #include "kvarn-f16.h"
 
-// The library is built without -march: compile the hot functions twice and pick at load time. Same arithmetic, same bytes.
+// The library is built without -march: compile the hot functions for several and pick at load time. Same arithmetic, same bytes.
 // The thread sanitizer is not yet there at load time.
-#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__AVX2__) && !defined(__SANITIZE_THREAD__) && \
-    ((defined(__clang__) && __clang_major__ >= 16) || (!defined(__clang__) && defined(__GNUC__) && __GNUC__ >= 9))
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__AVX2__) && !defined(__SANITIZE_THREAD__)
+#if defined(__clang__) && __clang_major__ >= 16
 #define KVARN_CLONES __attribute__((target_clones("avx2", "default")))
-#else
+#elif !defined(__clang__) && __GNUC__ >= 12
+#define KVARN_CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
+#elif !defined(__clang__) && __GNUC__ >= 9
+#define KVARN_CLONES __attribute__((target_clones("avx2", "default")))
+#endif
+#endif
+#if !defined(KVARN_CLONES)
 #define KVARN_CLONES
 #endif
 
@@ -65,33 +71,58 @@ KVARN_INLINE float f16_load(const uint8_t * p) { return f16_value((uint32_t) p[0
 
 // --- sums ---
 
-// sum of a[d]*b[d] over the channels
 #if defined(__GNUC__)
+#if defined(__x86_64__)
+enum { WIDE = 8 };
+typedef float f32xw __attribute__((vector_size(32), aligned(4), may_alias));
+#else
+enum { WIDE = 4 };
+typedef float f32xw __attribute__((vector_size(16), aligned(4), may_alias));
+#endif
 typedef float f32x4 __attribute__((vector_size(16), aligned(4), may_alias));
 
-KVARN_INLINE float row_dot(int D, const float * a, const float * b) {
-    f32x4 s0 = { 0 }, s1 = { 0 }, s2 = { 0 }, s3 = { 0 };
-    for (int d = 0; d < D; d += LANES) {
-        const f32x4 * va = (const f32x4 *) (a + d);
-        const f32x4 * vb = (const f32x4 *) (b + d);
-        s0 += va[0]*vb[0];
-        s1 += va[1]*vb[1];
-        s2 += va[2]*vb[2];
-        s3 += va[3]*vb[3];
+// the sum of all lanes, in the order above
+KVARN_INLINE float lanes_sum(const f32xw * s) {
+    f32x4 x[LANES/4];
+    memcpy(x, s, sizeof(x));
+    x[0] = (x[0] + x[2]) + (x[1] + x[3]);
+    return (x[0][0] + x[0][2]) + (x[0][1] + x[0][3]);
+}
+
+// sums over the channels of a[d]*b[d] and of a[d]*a[d]: two chains of additions at a time
+KVARN_INLINE void row_dots(int D, const float * a, const float * b, float * ab, float * aa) {
+    f32xw s[LANES/WIDE], q[LANES/WIDE];
+    for (int j = 0; j < LANES/WIDE; ++j) {
+        s[j] = q[j] = (f32xw) { 0 };
     }
-    s0 = (s0 + s2) + (s1 + s3);
-    return (s0[0] + s0[2]) + (s0[1] + s0[3]);
+    for (int d = 0; d < D; d += LANES) {
+        const f32xw * va = (const f32xw *) (a + d);
+        const f32xw * vb = (const f32xw *) (b + d);
+        for (int j = 0; j < LANES/WIDE; ++j) {
+            s[j] += va[j]*vb[j];
+            q[j] += va[j]*va[j];
+        }
+    }
+    *ab = lanes_sum(s);
+    *aa = lanes_sum(q);
 }
 #else
-KVARN_INLINE float row_dot(int D, const float * a, const float * b) {
-    float s[LANES] = { 0 };
+KVARN_INLINE void row_dots(int D, const float * a, const float * b, float * ab, float * aa) {
+    float s[LANES] = { 0 }, q[LANES] = { 0 };
     for (int d = 0; d < D; d += LANES) {
-        for (int j = 0; j < LANES; ++j) { s[j] += a[d + j]*b[d + j]; }
+        for (int j = 0; j < LANES; ++j) {
+            s[j] += a[d + j]*b[d + j];
+            q[j] += a[d + j]*a[d + j];
+        }
     }
     for (int n = LANES/2; n > 0; n /= 2) {
-        for (int j = 0; j < n; ++j) { s[j] += s[j + n]; }
+        for (int j = 0; j < n; ++j) {
+            s[j] += s[j + n];
+            q[j] += q[j + n];
+        }
     }
-    return s[0];
+    *ab = s[0];
+    *aa = q[0];
 }
 #endif
 
@@ -120,7 +151,9 @@ KVARN_INLINE float seal_prepare(int D, const float * restrict x, float * restric
             sum2[d] += v*v;
         }
     }
-    const float rms = sqrtf(row_dot(D, sum2, one)/(float) (G*D));
+    float all, unused;
+    row_dots(D, sum2, one, &all, &unused);
+    const float rms = sqrtf(all/(float) (G*D));
     if (!(rms >= RMS_MIN)) {
         return 0.0f;
     }
@@ -129,6 +162,13 @@ KVARN_INLINE float seal_prepare(int D, const float * restrict x, float * restric
         y[i] *= r;
     }
     return rms;
+}
+
+// standard deviation of a token's channels, at least STD_MIN
+KVARN_INLINE float row_std(int D, const float * v, const float * one) {
+    float sum, sum2;
+    row_dots(D, v, one, &sum, &sum2);
+    return max_f32(sqrtf(variance(sum, sum2, (float) D)), STD_MIN);
 }
 
 // Step 2. Variance normalization: in y[t][d]/tok[t]/(channel scale) all tokens and all channels have the same spread, nearly.
@@ -147,7 +187,7 @@ KVARN_INLINE void seal_normalize(int D, const float * restrict y, const float * 
     }
     for (int t = 0; t < G; ++t) {
         const float * restrict yt = y + t*D;
-        tok[t] = max_f32(sqrtf(variance(row_dot(D, yt, one), row_dot(D, yt, yt), (float) D)), STD_MIN);
+        tok[t] = row_std(D, yt, one);
         const float r = 1.0f/tok[t];
         for (int d = 0; d < D; ++d) {
             const float c = yt[d]*r - ref[d];
@@ -162,7 +202,7 @@ KVARN_INLINE void seal_normalize(int D, const float * restrict y, const float * 
         for (int d = 0; d < D; ++d) {
             v[d] = y[t*D + d]*rc[d];
         }
-        tok[t] = max_f32(sqrtf(variance(row_dot(D, v, one), row_dot(D, v, v), (float) D)), STD_MIN);
+        tok[t] = row_std(D, v, one);
     }
 }
 
@@ -223,8 +263,8 @@ KVARN_INLINE void seal_walk(int D, float L, const float * restrict y, float * re
                 qi[d] -= h;
                 v[d] = qi[d]*scale[d] + mid[d];
             }
-            const float yv = row_dot(D, yt + i*D, v);
-            const float vv = row_dot(D, v, v);
+            float yv, vv;
+            row_dots(D, v, yt + i*D, &yv, &vv);
             w[i] = yv > 0.0f && vv > 0.0f ? min_f32(yv/vv, X_MAX) : 0.0f;
             ww += w[i]*w[i];
         }
@@ -326,9 +366,9 @@ KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float *
             v[d] = q[d]*scale[d] + zero[d];
             code[t*D + d] = (uint8_t) (int) q[d];
         }
-        const float yc = row_dot(D, yt, v);
-        const float cc = row_dot(D, v, v);
-        const float yy = row_dot(D, yt, yt);
+        float yc, cc, yy, unused;
+        row_dots(D, v, yt, &yc, &cc);
+        row_dots(D, yt, yt, &yy, &unused);
         float r = yc > 0.0f && cc > 0.0f ? yc/cc : 0.0f;
         if (r > 0.0f && AGREE*yc*yc >= yy*cc) {
             r = side == KVARN_KEY ? yy/yc : sqrtf(yy/cc);

@@ -79,7 +79,7 @@ def test_report(tiny, tmp_path, capsys):
 def test_json(tiny, capsys):
     from kvarn import cli
 
-    assert cli.main(["bench", "--model", tiny(), "--depths", "0", "--json", "--prompt-depths", "5", *QUICK]) == 0
+    assert cli.main(["bench", "--model", tiny(), "--depths", "0", "--json", "--cpu-time", "--prompt-depths", "5", *QUICK]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["cache"] for row in rows] == ["f16", "kvarn4/kvarn2"]
     assert rows[0]["decode_tok_s"] > 0 and rows[0]["prefill_tok_s"] is None
@@ -99,6 +99,7 @@ def test_default_model_is_written_and_decodes(tmp_path):
     (["--caches", "kvarn9"], "kvarn: unknown kv_type 'kvarn9'"),
     (["--depths", "1,x"], "kvarn: --depths 1,x: give whole numbers from 0 on, separated by commas"),
     (["--threads", "0"], "kvarn: --threads 0: give whole numbers from 1 on, separated by commas"),
+    (["--cpu-time"], "kvarn: --cpu-time counts what all threads use, waiting included; add --threads 1"),
     (["--tokens", "0"], "kvarn: --tokens and --rounds must be 1 or more"),
     (["--model", "no-such.gguf"], "kvarn: cannot load no-such.gguf"),
 ])

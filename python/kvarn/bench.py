@@ -59,6 +59,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of one prefill turn, in one batch (default %(default)s)")
     parser.add_argument("--prompt-depths", default="0,4096", help="depths at which prefill is timed (default %(default)s)")
     parser.add_argument("--prompt-rounds", type=int, default=3, help="prefill turns, one if slow (default %(default)s)")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread: count processor time, not what others take of it")
     parser.add_argument("--csv", metavar="FILE", help="also write the table as CSV")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
@@ -292,22 +293,22 @@ def filled_depth(depth: int) -> int:
     return depth if depth <= SEED_TILES*G + TAIL else (depth - TAIL)//G*G + TAIL
 
 
-def decode_turn(context: Context, n: int, seconds: float) -> float:
+def decode_turn(context: Context, n: int, seconds: float, clock) -> float:
     """Tokens per second of up to n tokens, one by one."""
-    started = time.perf_counter()
+    started = clock()
     for i in range(1, n + 1):
         context.decode(1)
-        if time.perf_counter() - started > seconds:
+        if clock() - started > seconds:
             break
-    return i/(time.perf_counter() - started)
+    return i/(clock() - started)
 
 
-def prefill_turn(context: Context, n: int) -> float:
+def prefill_turn(context: Context, n: int, clock) -> float:
     """Tokens per second of one batch at the filled depth; the cache is as before afterwards."""
     context.load(context.state)
-    started = time.perf_counter()
+    started = clock()
     context.decode(n)
-    taken = time.perf_counter() - started
+    taken = clock() - started
     context.load(context.state)
     return n/taken
 
@@ -350,6 +351,7 @@ def measure(args, caches: "list[str]", depths: "list[int]", threads: "list[int]"
 
 def measure_depth(args, contexts: "list[Context]", depth: int, n_threads: int, n_prompt_turns: int, show) -> "list[Row]":
     """All caches in turns."""
+    clock = time.process_time if args.cpu_time else time.perf_counter
     decode, prefill = ([[] for _ in contexts] for _ in range(2))
     for context in contexts:
         context.set_threads(n_threads)
@@ -358,12 +360,12 @@ def measure_depth(args, contexts: "list[Context]", depth: int, n_threads: int, n
     for turn in range(args.rounds):
         for context, speeds in zip(contexts, decode):
             show(f"decode {turn + 1}/{args.rounds} {context.cache}")
-            speeds.append(decode_turn(context, args.tokens, args.seconds))
+            speeds.append(decode_turn(context, args.tokens, args.seconds, clock))
     for turn in range(n_prompt_turns):
         for context, speeds in zip(contexts, prefill):
             if not turn or args.prompt/speeds[0] < SLOW_PROMPT:
                 show(f"prefill {turn + 1}/{n_prompt_turns} {context.cache}")
-                speeds.append(prefill_turn(context, args.prompt))
+                speeds.append(prefill_turn(context, args.prompt, clock))
     return [Row(n_threads, depth, kvtype.label(*kvtype.parse(context.cache)), *spread(decode[i]), *spread(prefill[i]),
                 context.mib, args.rounds) for i, context in enumerate(contexts)]
 
@@ -438,6 +440,8 @@ def run(args) -> int:
         for cache in caches:
             kvtype.parse(cache)
         depths, threads = numbers(args.depths, "depths", 0), numbers(args.threads, "threads", 1)
+        if args.cpu_time and threads != [1]:
+            raise ValueError("--cpu-time counts what all threads use, waiting included; add --threads 1")
         prompt_depths = set(numbers(args.prompt_depths, "prompt-depths", 0))
         if min(args.tokens, args.rounds) < 1 or min(args.prompt, args.prompt_rounds) < 0:
             raise ValueError("--tokens and --rounds must be 1 or more, --prompt and --prompt-rounds 0 or more")
