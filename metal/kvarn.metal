@@ -9,9 +9,11 @@
 
 using namespace metal;
 
+#ifndef KVARN_CODES_H // an embedded source has them before it
 #include "kvarn-format.h"
 #include "kvarn-metal-args.h"
 #include "kvarn_codes.h"
+#endif
 
 constant int  fc_bits_k  [[function_constant(KVARN_FC_BITS_K)]];
 constant int  fc_bits_v  [[function_constant(KVARN_FC_BITS_V)]];

@@ -7,6 +7,7 @@ SPDX-License-Identifier: MIT
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -273,3 +274,56 @@ def test_every_kernel_runs(builds, attn_jobs, tile_jobs):
 
 def test_source_is_metal_of_its_time(builds):
     builds.syntax()
+
+@pytest.mark.parametrize("kernels", ["kvarn", "kvarn_tiles"])
+def test_embedded_source_needs_no_include(tmp_path, kernels):
+    """What a Mac compiles at run time is one text: the headers that CMake puts in front, then the kernels."""
+    headers = [harness.ROOT / "ggml-kvarn" / "kvarn-format.h", harness.ROOT / "metal" / "kvarn-metal-args.h",
+               harness.ROOT / "metal" / "kvarn_codes.h"]
+    source = tmp_path / f"{kernels}.metal"
+    before = "#include <metal_stdlib>\nusing namespace metal;\n"  # upstream's common.h
+    source.write_text(before + "".join(path.read_text() for path in [*headers, harness.ROOT / "metal" / f"{kernels}.metal"]))
+    Builds(tmp_path / "out", [source]).syntax(includes=[])
+
+
+# ---------------------------------------------------------------------------------------------- the glue in ggml's Metal backend
+
+
+@pytest.fixture(scope="module")
+def tree():
+    """The patched llama.cpp: KVARN_TEST_TREE, or what the last build made."""
+    build, wanted = harness.ROOT / "build", "llama.cpp/ggml/src/ggml-metal"
+    found = [path.parents[2] for path in [*build.glob(wanted), *build.glob(f"*/{wanted}")]]
+    if os.environ.get("KVARN_TEST_TREE"):
+        found = [Path(os.environ["KVARN_TEST_TREE"])]
+    if not found and os.environ.get("CI"):
+        pytest.fail("CI skips nothing: there is no patched llama.cpp under build/")
+    if not found:
+        pytest.skip("there is no patched llama.cpp under build/: `make test` makes one, or KVARN_TEST_TREE names one")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+GLUE = {
+    "ggml-metal-device.m": ["-x", "objective-c", "-fblocks", "-fobjc-runtime=macosx", "-Werror=implicit-function-declaration",
+                            "-DGGML_METAL_EMBED_LIBRARY=1", "-isystem", harness.HERE / "stubs"],
+    "ggml-metal-ops.cpp": ["-std=c++17"],
+}
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_glue_compiles(tree, name):
+    """Upstream's files with our call sites, for the syntax: on a Mac the same files see Apple's headers instead of stubs."""
+    metal = tree / "ggml" / "src" / "ggml-metal"
+    harness.call([harness.compiler(), "-fsyntax-only", "-Wno-everything", *GLUE[name], f"-I{tree}/ggml/include",
+                  f"-I{tree}/ggml/src", f"-I{metal}", metal / name])
+
+
+def test_kernels_are_in_upstreams_lists(tree):
+    """A library that CMake builds and the list of libraries in ggml-metal-device.m must name the same files."""
+    metal = tree / "ggml" / "src" / "ggml-metal"
+    lists = (metal / "CMakeLists.txt").read_text(), (metal / "ggml-metal-device.m").read_text()
+    for path in harness.KERNELS:
+        assert f"kernels/{path.name}\n" in lists[0] and re.search(rf"X\(\w+, +{path.stem}\)", lists[1])
+        assert (metal / "kernels" / path.name).read_text() == path.read_text()
+        for header in re.findall(r"#include \"(.*)\"", path.read_text()):
+            assert f"kernels/{header}\n" in lists[0] and (metal / "kernels" / header).is_file()

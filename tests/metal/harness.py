@@ -90,9 +90,9 @@ class Builds:
             self.translated.append(self.folder / f"{source.stem}.cpp")
             call([sys.executable, HERE / "prepass.py", source, self.translated[-1]])
 
-    def syntax(self, mode: str = "C++14") -> None:
+    def syntax(self, mode: str = "C++14", includes: "list[str]" = INCLUDES) -> None:
         flags = MODES[mode][0] if mode in MODES else SYNTAX
-        call([compiler(), *COMMON, *machine_flags(), *INCLUDES, *flags, "-fsyntax-only", *self.translated])
+        call([compiler(), *COMMON, *machine_flags(), *includes, *flags, "-fsyntax-only", *self.translated])
 
     def host(self) -> "list[Path]":
         """The runner and the executor, without sanitizers: the same objects for every build of every source."""
