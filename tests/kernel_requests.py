@@ -1,4 +1,4 @@
-"""kernel_requests.py - compiles kernel_driver.c and op_driver.cpp with the shipping sources, and asks them.
+"""kernel_requests.py - compiles kernel_driver.c and op-driver-ggml.cpp with the shipping sources, and asks them.
 
 With it the codec and the kernels of another processor, or with a sanitizer in them, are compared with numpy and float64.
 SPDX-License-Identifier: MIT
@@ -78,9 +78,9 @@ class Build:
         return self.objects([self.tree / "ggml/src" / name for name in ("ggml.c", "ggml-quants.c", "ggml-threading.cpp")])
 
     def op_driver(self, ggml: "list[str]") -> Path:
-        """op_driver.cpp with our graph, op and kernels."""
+        """op-driver-ggml.cpp with our graph, op and kernels."""
         path = self.folder / "op_driver"
-        ours = [ROOT / "tests/op_driver.cpp", self.OURS / "kvarn-cpu-ggml.cpp", self.OURS / "kvarn-graph.c", *self.kernels()]
+        ours = [ROOT / "tests/op-driver-ggml.cpp", self.OURS / "kvarn-cpu-ggml.cpp", self.OURS / "kvarn-graph.c", *self.kernels()]
         self.run([*self.cxx, *self.objects(ours), *ggml, "-o", str(path), "-pthread", "-lm"])
         return path
 

@@ -28,8 +28,8 @@ from test_codec import HEAD_DIMS, TILES
 pytestmark = pytest.mark.slow
 
 FLAGS = {
-    "address, undefined": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
-    "thread": ["-O1", "-g", "-fsanitize=thread"],
+    "address, undefined": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread"],
 }
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "halt_on_error=1"}
 

@@ -1,5 +1,5 @@
-// op_driver.cpp - runs the nodes SEAL, GET, ATTN and REDUCE of kvarn-cpu-ggml.cpp with one thread and with several, without the rest
-// of the CPU backend: test_sanitizers.py and test_arm.py compile it in seconds.
+// op-driver-ggml.cpp - the nodes SEAL, GET, ATTN and REDUCE with one thread and with several, without the rest of the CPU backend.
+// test_sanitizers.py and test_arm.py compile it in seconds, with our sources and what they need of ggml.
 // Every number of threads must give the same bits. Prints, for each case, the rms error against the portable kernels.
 //
 // SPDX-License-Identifier: MIT
@@ -199,7 +199,7 @@ int main() {
         }
         for (int n_threads : { 2, 3, 8 }) {
             if (run_all(l, n_threads, false) != one) {
-                fprintf(stderr, "op_driver: %d threads give other bits than one, %d channels\n", n_threads, c.D);
+                fprintf(stderr, "op-driver-ggml: %d threads give other bits than one, %d channels\n", n_threads, c.D);
                 return 1;
             }
         }
