@@ -41,7 +41,7 @@
 #define LANES 16
 
 enum {
-    ROUNDS = 5, // of alternating least squares
+    ROUNDS = 4, // of alternating least squares
     ROWS   = 4, // tokens that a walk takes at a time: fewer loads and stores of its sums
 };
 
@@ -219,6 +219,15 @@ KVARN_INLINE void row_codes(int D, float L, const float * restrict y, float r, c
 
 KVARN_INLINE float reciprocal(float v) { return v > TINY ? 1.0f/v : 0.0f; }
 
+// A code is round(inv*y/tok + off); scale 0 has code 0
+KVARN_INLINE void code_line(int D, float h, const float * restrict scale, const float * restrict mid, float * restrict inv,
+                            float * restrict off) {
+    for (int d = 0; d < D; ++d) {
+        inv[d] = reciprocal(scale[d]);
+        off[d] = inv[d] > 0.0f ? h - mid[d]*inv[d] : 0.0f;
+    }
+}
+
 // The sums of seal_walk, for four tokens at a time: fewer loads and stores. Compilers do not vectorize this as a loop over tokens.
 KVARN_INLINE void walk_add(int D, const float * restrict y, const float * restrict q, const float * restrict w, float * restrict fit) {
     float * restrict cc = fit;
@@ -249,10 +258,7 @@ KVARN_INLINE void seal_walk(int D, float L, const float * restrict y, float * re
     const float h = 0.5f*L;
     float ww = 0.0f;
     memset(fit, 0, (size_t) (5*D)*sizeof(float));
-    for (int d = 0; d < D; ++d) {
-        inv[d] = reciprocal(scale[d]);
-        off[d] = h - mid[d]*inv[d];
-    }
+    code_line(D, h, scale, mid, inv, off);
     for (int t = 0; t < G; t += ROWS) {
         const float * restrict yt = y + t*D;
         float * restrict w = tok + t;
@@ -286,7 +292,7 @@ KVARN_INLINE float fit_mid(int D, const float * fit, int d, float scale) {
 }
 
 // Step 4. Scale and mid of each channel, from a range of y/tok and then by rounds of alternating least squares with the token scales.
-// On return scale and mid are f32; fit holds the sums of the last walk.
+// On return scale and mid are f32; fit holds the sums of one more walk, for their codes and the token scales of these.
 KVARN_INLINE void seal_fit(int D, int bits, const float * restrict y, float * restrict tok, float * restrict scale,
                            float * restrict mid, float * vec, float * fit) {
     const float L = (float) ((1 << bits) - 1);
@@ -317,15 +323,44 @@ KVARN_INLINE void seal_fit(int D, int bits, const float * restrict y, float * re
             mid  [d] = fit_mid(D, fit, d, scale[d]);
         }
     }
+    seal_walk(D, L, y, tok, scale, mid, vec, fit);
 }
 
-// Step 5. Scale and zero to f16, codes for exactly these, token scales for exactly those.
+// Step 5. Least squares makes what it fits smaller, by the share of the noise: cov/var of y and the codes c of a channel. What is
+// rare in a channel and what a query looks for would lose most. So the scales to store are, for the same codes,
+//   keys     var(y)/cov: along itself a channel is as large as it was, on average
+//   values   sqrt(var(y)/var(c)): a channel keeps its spread
+//   both     least squares where y and c hardly agree
+KVARN_INLINE void seal_restore(int side, int D, const float * restrict y, const float * restrict tok, const float * restrict mid,
+                               const float * restrict fit, float * restrict spread, float * restrict stored) {
+    memset(spread, 0, (size_t) D*sizeof(float));
+    for (int t = 0; t < G; ++t) {
+        for (int d = 0; d < D; ++d) {
+            const float u = y[t*D + d] - tok[t]*mid[d];        // about mid: keeps the squares small
+            spread[d] += u*u;
+        }
+    }
+    const float ww = fit[4*D];
+    for (int d = 0; d < D; ++d) {
+        const float m   = fit[D + d]/ww;
+        const float cov = fit[2*D + d] - m*fit[3*D + d];
+        const float var = fit[d] - m*fit[D + d];
+        const float b   = fit[3*D + d] - mid[d]*ww;
+        const float own = spread[d] - b*(b/ww);
+        stored[d] = fit_scale(D, fit, d);
+        if (stored[d] > 0.0f && AGREE*cov*cov >= own*var) {
+            stored[d] = side == KVARN_KEY ? own/cov : sqrtf(own/var);
+        }
+    }
+}
+
+// Step 6. Scale and zero to f16, the codes, token scales for exactly these.
 //   keys     y.y/y.c: a key keeps its length along itself, so that scores do not shrink
 //   values   |y|/|c|: a value keeps its length
 //   both     y.c/c.c, least squares, where y and c hardly agree
 KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float * restrict y, float * restrict tok,
-                             float * restrict scale, const float * restrict mid, float * vec, const float * restrict fit,
-                             uint8_t * restrict code, uint8_t * tile) {
+                             const float * restrict scale, const float * restrict mid, float * restrict stored, float * vec,
+                             const float * restrict fit, uint8_t * restrict code, uint8_t * tile) {
     const float L = (float) ((1 << bits) - 1);
     const float h = 0.5f*L;
     float * restrict inv  = vec;
@@ -340,7 +375,7 @@ KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float *
         t_max = max_f32(t_max, tok[t]);
     }
     for (int d = 0; d < D; ++d) {
-        c_max = max_f32(c_max, max_f32(scale[d], fabsf(mid[d] - h*scale[d])));
+        c_max = max_f32(c_max, max_f32(stored[d], fabsf(fit_mid(D, fit, d, stored[d]) - h*stored[d])));
     }
     int e;
     (void) frexpf(t_max, &e);
@@ -351,19 +386,18 @@ KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float *
     const float unit = rms*f;
     c_max = 0.0f;
     for (int d = 0; d < D; ++d) {
-        scale[d] = f16_value(f16_bits(scale[d]*unit));
-        zero [d] = f16_value(f16_bits(fit_mid(D, fit, d, scale[d]/unit)*unit - h*scale[d]));
-        inv  [d] = reciprocal(scale[d]);
-        off  [d] = -zero[d]*inv[d];
-        c_max    = max_f32(c_max, max_f32(scale[d], fabsf(zero[d])));
+        stored[d] = f16_value(f16_bits(stored[d]*unit));
+        zero  [d] = f16_value(f16_bits(fit_mid(D, fit, d, stored[d]/unit)*unit - h*stored[d]));
+        c_max     = max_f32(c_max, max_f32(stored[d], fabsf(zero[d])));
     }
+    code_line(D, h, scale, mid, inv, off);
 
     t_max = 0.0f;
     for (int t = 0; t < G; ++t) {
         const float * restrict yt = y + t*D;
-        row_codes(D, L, yt, reciprocal(tok[t])*unit, inv, off, q);
+        row_codes(D, L, yt, reciprocal(tok[t]), inv, off, q);
         for (int d = 0; d < D; ++d) {
-            v[d] = q[d]*scale[d] + zero[d];
+            v[d] = q[d]*stored[d] + zero[d];
             code[t*D + d] = (uint8_t) (int) q[d];
         }
         float yc, cc, yy, unused;
@@ -382,7 +416,7 @@ KVARN_INLINE void seal_round(int side, int D, int bits, float rms, const float *
         f *= 2.0f;
     }
     for (int d = 0; d < D; ++d) {
-        f16_store(tile + kvarn_scale_off(D, bits) + 2*d, scale[d]*f);
+        f16_store(tile + kvarn_scale_off(D, bits) + 2*d, stored[d]*f);
         f16_store(tile + kvarn_zero_off (D, bits) + 2*d, zero [d]*f);
     }
     for (int t = 0; t < G; ++t) {
@@ -443,7 +477,7 @@ KVARN_INLINE void group_unpack(int bits, int F, const uint8_t * restrict group, 
     }
 }
 
-// Step 6. code[t][d], one per byte, to the codes of the tile
+// Step 7. code[t][d], one per byte, to the codes of the tile
 KVARN_INLINE void seal_pack(int side, int D, int bits, const uint8_t * restrict code, uint8_t * restrict tile) {
     uint32_t w[KVARN_D_MAX];
     if (side == KVARN_KEY) {
@@ -469,13 +503,14 @@ int kvarn_format_version(void) { return KVARN_FORMAT_VERSION; }
 
 int kvarn_tile_bytes(int D, int bits) { return kvarn_is_valid(D, bits) ? kvarn_tile_size(D, bits) : 0; }
 
-enum { VECTORS = 15 }; // channel vectors in the scratch memory, behind the tile in f32 and before its codes in bytes
+enum { VECTORS = 16 }; // channel vectors in the scratch memory, behind the tile in f32 and before its codes in bytes
 
 int kvarn_seal_scratch(int D) { return G*D + VECTORS*D + G*D/4; }
 
 KVARN_CLONES
 void kvarn_seal_ref(int side, int bits, int D, const float * x, uint8_t * tile, float * scratch) {
-    float * y = scratch, * scale = y + G*D, * mid = scale + D, * one = mid + D, * fit = one + D, * vec = fit + 5*D;
+    float * y = scratch, * scale = y + G*D, * mid = scale + D, * stored = mid + D, * one = stored + D, * fit = one + D;
+    float * vec = fit + 5*D;
     uint8_t * code = (uint8_t *) (y + G*D + VECTORS*D);
     float tok[G];
 
@@ -487,7 +522,8 @@ void kvarn_seal_ref(int side, int bits, int D, const float * x, uint8_t * tile, 
     }
     seal_normalize(D, y, one, tok, vec);
     seal_fit(D, bits, y, tok, scale, mid, vec, fit);
-    seal_round(side, D, bits, rms, y, tok, scale, mid, vec, fit, code, tile);
+    seal_restore(side, D, y, tok, mid, fit, vec, stored);
+    seal_round(side, D, bits, rms, y, tok, scale, mid, stored, vec, fit, code, tile);
     seal_pack(side, D, bits, code, tile);
 }
 

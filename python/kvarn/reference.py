@@ -14,11 +14,13 @@ seal() chooses them in these steps; y is x in units of its own root mean square,
     (4)  code = round(clip((y/tok - mid)/scale + h, 0, L)),  mid = zero + h*scale
     (5)  scale, mid = argmin sum_t (y - tok*((code - h)*scale + mid))^2                     for each channel
     (6)  tok[t] = argmin sum_d (y - tok*v)^2 = y.v/v.v,  v[d] = (code - h)*scale + mid
-    (7)  keys: token = y.y/y.v,  values: token = |y|/|v|,  v[d] = code*scale + zero
+    (7)  keys: scale = var(y)/cov(y, c),  values: scale = sqrt(var(y)/var(c)),  c = tok*(code - h), for each channel
+    (8)  keys: token = y.y/y.v,  values: token = |y|/|v|,  v[d] = code*scale + zero
 
-Scale and mid begin with a share of [min, max] of y/tok; then (4), (6), (5) five times; then scale and zero become f16, (4) and (7)
-follow for these exact values. A least-squares row (6) is shorter than the true one by its own noise: for keys that flattens every
-softmax, so (7) keeps a key's length along itself; a value keeps its length. SPDX-License-Identifier: MIT
+Scale and mid begin with a share of [min, max] of y/tok; then (4), (6), (5) four times; (4) and (6) once more give the codes; scale
+and zero for them follow from (7), become f16, and (8) is for exactly these. Least squares makes channels and rows smaller than the
+true ones by the share of the noise, and what is rare in a channel loses most: the token a query looks for has its score lowered
+against all others. So (7) and (8) give it back: keys are right along themselves, values keep their size. SPDX-License-Identifier: MIT
 """
 
 import numpy as np
@@ -31,9 +33,9 @@ RMS_MIN = F32(2.0**-40)  # a tile below this is all zero
 STD_MIN = F32(2.0**-10)  # floor of the scales of (3)
 TINY = F32(2.0**-60)  # steps and token scales below this count as 0
 FIT_MIN = F32(1e-5)  # share of its second moment below which a variance is rounding noise
-AGREE = F32(2.0)  # (7) only where cos^2 of y and v is at least 1/2, else (6)
+AGREE = F32(2.0)  # (7) and (8) only where cos^2 of y and its codes is at least 1/2, else (5) and (6)
 RANGE = {2: 0.64, 3: 0.80, 4: 0.92}  # share of [min, max] to begin with
-ROUNDS = 5  # of (4), (6), (5)
+ROUNDS = 4  # of (4), (6), (5)
 
 PAPER_LOG_SCALE = (-0.3, 10.0)  # clamp of a log scale
 PAPER_STD = (1e-3, 1e3)  # clamp of one std
@@ -146,36 +148,58 @@ def _normalize(y):
     return _std(_over_channels(v), _over_channels(v * v), D)
 
 
-def _codes(y, tok_reciprocal, inv, off, L):
-    """(4) with inv = 1/scale and off = -zero/scale: f32 [128, D], whole numbers 0 .. L."""
-    return np.rint(np.clip(y * tok_reciprocal[:, None] * inv + off, F32(0), L))
+def _codes(y, tok, scale, mid, L):
+    """(4): f32 [128, D], whole numbers 0 .. L; scale 0 has code 0."""
+    inv = _reciprocal(scale)
+    off = np.where(inv > 0, F32(0.5) * L - mid * inv, F32(0))
+    return np.rint(np.clip(y * _reciprocal(tok)[:, None] * inv + off, F32(0), L))
 
 
-def _fit(y, tok, q):
-    """(5) for q = code - h: scale f32 [D], and the sums that _mid needs."""
-    w = tok[:, None]
-    c = q * w
-    cc, cw, cy, wy = (_over_tokens(a) for a in (c * c, c * w, c * y, w * y))
-    ww = _over_tokens(tok * tok)
-    ww = ww if ww > 0 else F32(1)
-    m = cw / ww
-    cov = cy - m * wy
-    var = cc - m * cw
-    ok = (cov > 0) & (var > FIT_MIN * cc)
-    scale = np.divide(cov, var, out=np.zeros_like(cov), where=ok)
-    return scale, (wy, cw, ww)
+class _Fit:
+    """Sums over the tokens for q = code - h, f32 [D] each (ww: one number)."""
 
+    def __init__(self, y, tok, q):
+        w = tok[:, None]
+        c = q * w
+        self.cc, self.cw, self.cy, self.wy = (_over_tokens(a) for a in (c * c, c * w, c * y, w * y))
+        ww = _over_tokens(tok * tok)
+        self.ww = ww if ww > 0 else F32(1)
+        m = self.cw / self.ww
+        self.cov = self.cy - m * self.wy
+        self.var = self.cc - m * self.cw
 
-def _mid(sums, scale):
-    """(5) for a given scale: the best mid, f32 [D]."""
-    wy, cw, ww = sums
-    return (wy - scale * cw) / ww
+    def scale(self):
+        """(5)"""
+        ok = (self.cov > 0) & (self.var > FIT_MIN * self.cc)
+        return np.divide(self.cov, self.var, out=np.zeros_like(self.cov), where=ok)
+
+    def mid(self, scale):
+        """(5) for a given scale."""
+        return (self.wy - scale * self.cw) / self.ww
+
+    def restored(self, y, tok, mid, side):
+        """(7)"""
+        u = y - tok[:, None] * mid
+        b = self.wy - mid * self.ww
+        own = _over_tokens(u * u) - b * (b / self.ww)
+        scale = self.scale()
+        ok = (scale > 0) & (AGREE * self.cov * self.cov >= own * self.var)
+        if side == "k":
+            return np.divide(own, self.cov, out=scale, where=ok)
+        return np.where(ok, np.sqrt(np.divide(own, self.var, out=np.zeros_like(own), where=ok)), scale)
 
 
 def _least_squares(y, v):
     """(6): y, v f32 [128, D] -> y.v, v.v and their ratio (0 where y.v <= 0), f32 [128] each."""
     yv, vv = _over_channels(y * v), _over_channels(v * v)
     return yv, vv, np.divide(yv, vv, out=np.zeros_like(yv), where=(yv > 0) & (vv > 0))
+
+
+def _walk(y, tok, scale, mid, L):
+    """(4) and (6): the token scales for the codes, and the sums for both."""
+    q = _codes(y, tok, scale, mid, L) - F32(0.5) * L
+    tok = np.minimum(_least_squares(y, q * scale + mid)[2], X_MAX)
+    return tok, _Fit(y, tok, q)
 
 
 def seal(x, side, bits):
@@ -196,24 +220,23 @@ def seal(x, side, bits):
     lo, hi = v.min(axis=0), v.max(axis=0)
     scale, mid = (hi - lo) * (F32(RANGE[bits]) / L), (hi + lo) * F32(0.5)
     for _ in range(ROUNDS):
-        inv = _reciprocal(scale)
-        q = _codes(y, _reciprocal(tok), inv, h - mid * inv, L) - h
-        tok = np.minimum(_least_squares(y, q * scale + mid)[2], X_MAX)
-        scale, sums = _fit(y, tok, q)
-        mid = _mid(sums, scale)
+        tok, fit = _walk(y, tok, scale, mid, L)
+        scale = fit.scale()
+        mid = fit.mid(scale)
+    tok, fit = _walk(y, tok, scale, mid, L)
+    stored = fit.restored(y, tok, mid, side)
 
     # a power of two moves from token to scale and zero, so that token is 1 at most, unless scale or zero would leave f16
     f = F32(2.0 ** int(np.frexp(tok.max())[1]))
-    largest = np.maximum(scale, abs(mid - h * scale)).max()
+    largest = np.maximum(stored, abs(fit.mid(stored) - h * stored)).max()
     while largest * rms * f > X_MAX:
         f = f * F32(0.5)
     unit = rms * f
-    scale = _f16(scale * unit)
-    zero = _f16(_mid(sums, scale / unit) * unit - h * scale)
-    inv = _reciprocal(scale)
-    code = _codes(y, _reciprocal(tok) * unit, inv, -zero * inv, L)
+    stored = _f16(stored * unit)
+    zero = _f16(fit.mid(stored / unit) * unit - h * stored)
+    code = _codes(y, tok, scale, mid, L)
 
-    yv, vv, token = _least_squares(y, code * scale + zero)
+    yv, vv, token = _least_squares(y, code * stored + zero)
     yy = _over_channels(y * y)
     agree = (token > 0) & (AGREE * yv * yv >= yy * vv)
     if side == "k":
@@ -221,10 +244,10 @@ def seal(x, side, bits):
     else:
         token = np.where(agree, np.sqrt(np.divide(yy, vv, out=np.zeros_like(yy), where=agree)), token)
     token = token * rms
-    f, largest = F32(1), np.maximum(scale, abs(zero)).max()
+    f, largest = F32(1), np.maximum(stored, abs(zero)).max()
     while token.max() > f and F32(2) * f * largest <= X_MAX:
         f = f * F32(2)
-    return pack(code.astype(int), _f16(scale * f), _f16(zero * f), _f16(token / f), side, bits)
+    return pack(code.astype(int), _f16(stored * f), _f16(zero * f), _f16(token / f), side, bits)
 
 
 # --- attention ---
