@@ -417,16 +417,19 @@ AVX512 static void value_rows(int D, int n_q, int t0, int t1, const uint16_t * r
 // --- softmax ---
 
 AVX512 static void read_mask(const uint16_t * m, float * f32, int * t0, int * t1) {
+    uint64_t seen[2] = { 0, 0 };
     for (int t = 0; t < G; t += 16) {
         const __m512 x = load_f16(m + t);
         _mm512_storeu_ps(f32 + t, x);
-        const int seen = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-__builtin_inff()), _CMP_NEQ_UQ);
-        if (seen) {
-            const int first = t + __builtin_ctz(seen), last = t + 31 - __builtin_clz(seen);
-            *t0 = first < *t0 ? first : *t0;
-            *t1 = last >= *t1 ? last + 1 : *t1;
-        }
+        seen[t/64] |= (uint64_t) _mm512_cmp_ps_mask(x, _mm512_set1_ps(-__builtin_inff()), _CMP_NEQ_UQ) << t % 64;
     }
+    if (!seen[0] && !seen[1]) {
+        return;
+    }
+    const int first = seen[0] ? __builtin_ctzll(seen[0])      : 64 + __builtin_ctzll(seen[1]);
+    const int last  = seen[1] ? 127 - __builtin_clzll(seen[1]) : 63 - __builtin_clzll(seen[0]);
+    *t0 = first < *t0 ? first : *t0;
+    *t1 = last >= *t1 ? last + 1 : *t1;
 }
 
 AVX512 static float mask(float slope, const float * m, float * s) {

@@ -461,16 +461,19 @@ AVX2_INLINE __m256 exp_of(__m256 x) {
 }
 
 AVX2 static void read_mask(const uint16_t * m, float * f32, int * t0, int * t1) {
+    uint64_t seen[2] = { 0, 0 };
     for (int t = 0; t < G; t += 8) {
         const __m256 x = load_f16(m + t);
         _mm256_storeu_ps(f32 + t, x);
-        const int seen = _mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_set1_ps(-__builtin_inff()), _CMP_NEQ_UQ));
-        if (seen) {
-            const int first = t + __builtin_ctz(seen), last = t + 31 - __builtin_clz(seen);
-            *t0 = first < *t0 ? first : *t0;
-            *t1 = last >= *t1 ? last + 1 : *t1;
-        }
+        seen[t/64] |= (uint64_t) (unsigned) _mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_set1_ps(-__builtin_inff()), _CMP_NEQ_UQ)) << t % 64;
     }
+    if (!seen[0] && !seen[1]) {
+        return;
+    }
+    const int first = seen[0] ? __builtin_ctzll(seen[0])      : 64 + __builtin_ctzll(seen[1]);
+    const int last  = seen[1] ? 127 - __builtin_clzll(seen[1]) : 63 - __builtin_clzll(seen[0]);
+    *t0 = first < *t0 ? first : *t0;
+    *t1 = last >= *t1 ? last + 1 : *t1;
 }
 
 AVX2 static float mask(float slope, const float * m, float * s) {
