@@ -116,7 +116,7 @@ kernel void kernel_kvarn_get(
 #define TINY    8.673617379884035e-19f // 2^-60
 #define FIT_MIN 1e-5f
 #define AGREE   2.0f
-#define ROUNDS  5
+#define ROUNDS  4
 
 static inline float kvarn_range(int bits) { return bits == 2 ? 0.64f : bits == 3 ? 0.80f : 0.92f; }
 
@@ -251,9 +251,16 @@ static inline void kvarn_normalize(kvarn_job job, kvarn_shared m) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
-// Step 3: codes for scale and mid, the least-squares token scale for these codes, and for both the next scale and mid.
+// What turns y/tok into codes; a scale of 0 has code 0.
+static inline void kvarn_code_line(kvarn_shared m, int d, float h) {
+    m.inv[d] = kvarn_reciprocal(m.scale[d]);
+    m.off[d] = m.inv[d] > 0.0f ? h - m.mid[d]*m.inv[d] : 0.0f;
+}
+
+// Step 3: codes for scale and mid, the least-squares token scale for these codes, and for both the next scale and mid. The last
+// walk keeps the codes and finds the scale to store for them (step 5): larger than least squares, it restores a channel's size.
 // Returns the sum of the squares of the token scales.
-static inline float kvarn_walk(kvarn_job job, kvarn_shared m, float L) {
+static inline float kvarn_walk(kvarn_job job, kvarn_shared m, float L, int side, bool is_last) {
     const float h = 0.5f*L;
     for (int t = job.i/16; t < G; t += job.n/16) {
         const float r = m.rec[t];
@@ -287,6 +294,7 @@ static inline float kvarn_walk(kvarn_job job, kvarn_shared m, float L) {
         float cw = 0.0f;
         float cy = 0.0f;
         float wy = 0.0f;
+        float spread = 0.0f;
         for (int t = 0; t < G; ++t) {
             const float y = kvarn_y(job, t, d);
             const float w = m.tok[t];
@@ -295,15 +303,25 @@ static inline float kvarn_walk(kvarn_job job, kvarn_shared m, float L) {
             cw += c*w;
             cy += c*y;
             wy += w*y;
+            const float u = y - w*m.mid[d];
+            spread += u*u;
         }
         const float mean  = kvarn_div(cw, ww);
         const float cov   = cy - mean*wy;
         const float var   = cc - mean*cw;
-        const float scale = cov > 0.0f && var > FIT_MIN*cc ? kvarn_div(cov, var) : 0.0f;
+        float scale = cov > 0.0f && var > FIT_MIN*cc ? kvarn_div(cov, var) : 0.0f;
+        if (is_last) {
+            const float b   = wy - m.mid[d]*ww;
+            const float own = spread - b*kvarn_div(b, ww);
+            if (scale > 0.0f && AGREE*cov*cov >= own*var) {
+                scale = side == KVARN_KEY ? kvarn_div(own, cov) : precise::sqrt(kvarn_div(own, var));
+            }
+        }
         m.scale[d] = scale;
         m.mid  [d] = kvarn_div(wy - scale*cw, ww);
-        m.inv  [d] = kvarn_reciprocal(scale);
-        m.off  [d] = h - m.mid[d]*m.inv[d];
+        if (!is_last) {
+            kvarn_code_line(m, d, h);
+        }
         m.cw   [d] = cw;
         m.wy   [d] = wy;
     }
@@ -311,8 +329,8 @@ static inline float kvarn_walk(kvarn_job job, kvarn_shared m, float L) {
     return ww;
 }
 
-// Step 4: scale and mid from a range of y/tok, then by rounds of alternating least squares.
-static inline float kvarn_fit(kvarn_job job, thread kvarn_shared & m, int bits) {
+// Step 4: scale and mid from a range of y/tok, then by rounds of alternating least squares, and one more walk for the codes.
+static inline float kvarn_fit(kvarn_job job, thread kvarn_shared & m, int bits, int side) {
     const float L = float((1 << bits) - 1);
     for (int d = job.i; d < job.D; d += job.n) {
         float lo =  FLT_MAX;
@@ -324,13 +342,12 @@ static inline float kvarn_fit(kvarn_job job, thread kvarn_shared & m, int bits) 
         }
         m.scale[d] = (hi - lo)*kvarn_div(kvarn_range(bits), L);
         m.mid  [d] = (hi + lo)*0.5f;
-        m.inv  [d] = kvarn_reciprocal(m.scale[d]);
-        m.off  [d] = 0.5f*L - m.mid[d]*m.inv[d];
+        kvarn_code_line(m, d, 0.5f*L);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     float ww = 1.0f;
-    for (short k = 0; k < ROUNDS; ++k) {
-        ww = kvarn_walk(job, m, L);
+    for (short k = 0; k <= ROUNDS; ++k) {
+        ww = kvarn_walk(job, m, L, side, k == ROUNDS);
         threadgroup float * rec = m.rec;
         m.rec  = m.next;
         m.next = rec;
@@ -357,8 +374,8 @@ static inline float kvarn_max_channel(kvarn_job job, kvarn_shared m, float h) {
     return simd_max(top);
 }
 
-// Step 5: scale and zero to f16, token scales for the codes of exactly these. Returns the factor between y/token and scale.
-static inline float kvarn_round(kvarn_job job, kvarn_shared m, int bits, int side, float rms, float ww, device char * tile) {
+// Step 6: scale and zero to f16, token scales for exactly these.
+static inline void kvarn_round(kvarn_job job, kvarn_shared m, int bits, int side, float rms, float ww, device char * tile) {
     const float L = float((1 << bits) - 1);
     const float h = 0.5f*L;
     const uint  e = as_type<uint>(kvarn_max_token(m.tok, job.lane)) >> 23;
@@ -375,13 +392,11 @@ static inline float kvarn_round(kvarn_job job, kvarn_shared m, int bits, int sid
         const float zero  = kvarn_f16_value(kvarn_f16_bits(mid*unit - h*scale));
         m.scale[d] = scale;
         m.mid  [d] = zero;
-        m.inv  [d] = kvarn_reciprocal(scale);
-        m.off  [d] = -zero*m.inv[d];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     c_max = kvarn_max_channel(job, m, 0.0f);
     for (int t = job.i/16; t < G; t += job.n/16) {
-        const float r = m.rec[t]*unit;
+        const float r = m.rec[t];
         float yc = 0.0f;
         float cc = 0.0f;
         float yy = 0.0f;
@@ -417,22 +432,21 @@ static inline float kvarn_round(kvarn_job job, kvarn_shared m, int bits, int sid
     for (int t = job.i; t < G; t += job.n) {
         scale[2*job.D + t] = ushort(kvarn_f16_bits(kvarn_div(m.tok[t], f)));
     }
-    return unit;
 }
 
 // the four codes of one free index and r = 4R .. 4R+3, one per byte
-static inline uint kvarn_four(kvarn_job job, kvarn_shared m, int side, float unit, float L, int R, int f) {
+static inline uint kvarn_four(kvarn_job job, kvarn_shared m, int side, float L, int R, int f) {
     uint w = 0;
     for (short k = 0; k < 4; ++k) {
         const int d = side == KVARN_KEY ? 4*R + k : f;
         const int t = side == KVARN_KEY ? f : 4*R + k;
-        w |= uint(kvarn_code(kvarn_y(job, t, d), m.rec[t]*unit, m.inv[d], m.off[d], L)) << 8*k;
+        w |= uint(kvarn_code(kvarn_y(job, t, d), m.rec[t], m.inv[d], m.off[d], L)) << 8*k;
     }
     return w;
 }
 
-// Step 6: codes to words. A thread makes what lies at one x: a word, with 3 bits one of each plane.
-static inline void kvarn_pack(kvarn_job job, kvarn_shared m, int bits, int side, float unit, device uint * codes) {
+// Step 7: codes to words. A thread makes what lies at one x: a word, with 3 bits one of each plane.
+static inline void kvarn_pack(kvarn_job job, kvarn_shared m, int bits, int side, device uint * codes) {
     const float L   = float((1 << bits) - 1);
     const int   n_R = (side == KVARN_KEY ? job.D : G)/4;
     const int   F   = side == KVARN_KEY ? G : job.D;
@@ -443,13 +457,13 @@ static inline void kvarn_pack(kvarn_job job, kvarn_shared m, int bits, int side,
         if (bits != 3) {
             uint w = 0;
             for (short s = 0; s < 8/bits; ++s) {
-                w |= kvarn_four(job, m, side, unit, L, R, x + s*X) << s*bits;
+                w |= kvarn_four(job, m, side, L, R, x + s*X) << s*bits;
             }
             codes[R*X + x] = w;
         } else {
             uint slot[8];
             for (short s = 0; s < 8; ++s) {
-                slot[s] = kvarn_four(job, m, side, unit, L, R, x + s*X);
+                slot[s] = kvarn_four(job, m, side, L, R, x + s*X);
             }
             device uint * plane = codes + R*3*X + x;
             plane[0]   = slot[0] | slot[1] << 3 | (slot[6] & 0x06060606u) << 5;
@@ -531,7 +545,7 @@ kernel void kernel_kvarn_seal(
     job.lane     = lane;
 
     kvarn_normalize(job, m);
-    const float ww   = kvarn_fit(job, m, bits);
-    const float unit = kvarn_round(job, m, bits, fc_side, rms, ww, tile);
-    kvarn_pack(job, m, bits, fc_side, unit, (device uint *) tile);
+    const float ww = kvarn_fit(job, m, bits, fc_side);
+    kvarn_round(job, m, bits, fc_side, rms, ww, tile);
+    kvarn_pack(job, m, bits, fc_side, (device uint *) tile);
 }
