@@ -12,7 +12,7 @@
 
 #include "kvarn-cpu.h"
 
-#if defined(__aarch64__) && defined(__GNUC__) && !defined(__AARCH64EB__)
+#if defined(__aarch64__) && (defined(__GNUC__) || defined(__clang__)) && !defined(__AARCH64EB__)
 
 #include <arm_neon.h>
 #include <string.h>
