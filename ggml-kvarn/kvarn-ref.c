@@ -21,6 +21,7 @@
 #endif
 
 #include "kvarn-f16.h"
+#include "kvarn-sums.h"
 
 // The library is built without -march: compile the hot functions for several and pick at load time. Same arithmetic, same bytes.
 // The thread sanitizer is not yet there at load time.
@@ -37,8 +38,7 @@
 #define KVARN_CLONES
 #endif
 
-#define G     KVARN_G
-#define LANES 16
+#define G KVARN_G
 
 enum {
     ROUNDS = 4, // of alternating least squares
@@ -68,63 +68,6 @@ KVARN_INLINE void f16_store(uint8_t * p, float v) {
 }
 
 KVARN_INLINE float f16_load(const uint8_t * p) { return f16_value((uint32_t) p[0] | (uint32_t) p[1] << 8); }
-
-// --- sums ---
-
-#if defined(__GNUC__)
-#if defined(__x86_64__)
-enum { WIDE = 8 };
-typedef float f32xw __attribute__((vector_size(32), aligned(4), may_alias));
-#else
-enum { WIDE = 4 };
-typedef float f32xw __attribute__((vector_size(16), aligned(4), may_alias));
-#endif
-typedef float f32x4 __attribute__((vector_size(16), aligned(4), may_alias));
-
-// the sum of all lanes, in the order above
-KVARN_INLINE float lanes_sum(const f32xw * s) {
-    f32x4 x[LANES/4];
-    memcpy(x, s, sizeof(x));
-    x[0] = (x[0] + x[2]) + (x[1] + x[3]);
-    return (x[0][0] + x[0][2]) + (x[0][1] + x[0][3]);
-}
-
-// sums over the channels of a[d]*b[d] and of a[d]*a[d]: two chains of additions at a time
-KVARN_INLINE void row_dots(int D, const float * a, const float * b, float * ab, float * aa) {
-    f32xw s[LANES/WIDE], q[LANES/WIDE];
-    for (int j = 0; j < LANES/WIDE; ++j) {
-        s[j] = q[j] = (f32xw) { 0 };
-    }
-    for (int d = 0; d < D; d += LANES) {
-        const f32xw * va = (const f32xw *) (a + d);
-        const f32xw * vb = (const f32xw *) (b + d);
-        for (int j = 0; j < LANES/WIDE; ++j) {
-            s[j] += va[j]*vb[j];
-            q[j] += va[j]*va[j];
-        }
-    }
-    *ab = lanes_sum(s);
-    *aa = lanes_sum(q);
-}
-#else
-KVARN_INLINE void row_dots(int D, const float * a, const float * b, float * ab, float * aa) {
-    float s[LANES] = { 0 }, q[LANES] = { 0 };
-    for (int d = 0; d < D; d += LANES) {
-        for (int j = 0; j < LANES; ++j) {
-            s[j] += a[d + j]*b[d + j];
-            q[j] += a[d + j]*a[d + j];
-        }
-    }
-    for (int n = LANES/2; n > 0; n /= 2) {
-        for (int j = 0; j < n; ++j) {
-            s[j] += s[j + n];
-            q[j] += q[j + n];
-        }
-    }
-    *ab = s[0];
-    *aa = q[0];
-}
-#endif
 
 // sample variance of n values from their sum and sum of squares
 KVARN_INLINE float variance(float sum, float sum2, float n) {
