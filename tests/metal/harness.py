@@ -118,6 +118,18 @@ class Builds:
         call([compiler(), *link_flags, *kernels, *self.host(), "-o", self.made[mode]])
         return self.made[mode]
 
+    def backend(self, tree: Path) -> Path:
+        """backend-ggml.cpp and the kernels as a library that ggml loads."""
+        metal, library = tree / "ggml" / "src" / "ggml-metal", self.folder / "libmsl.so"
+        folders = [f"-I{folder}" for folder in (HERE, metal, metal / "kernels", metal.parent, metal.parent.parent / "include")]
+        objects = []
+        for source in [*self.translated, HERE / "executor.cpp", HERE / "backend-ggml.cpp"]:
+            objects.append(self.folder / f"{source.stem}-backend.o")
+            flags = [*COMMON, *machine_flags()] if source in self.translated else []
+            call([compiler(), *flags, "-std=c++17", "-O2", "-fPIC", *folders, "-c", source, "-o", objects[-1]])
+        call([compiler(), "-shared", *objects, "-o", library])
+        return library
+
     def run(self, mode: str, jobs: "list[Job]", schedules: "list[str]", label: str = "") -> "list[dict]":
         """What each job wrote: arrays by name. Runs at the same time need a label each."""
         runner, base = self.runner(mode), self.folder / f"jobs-{mode}-{label}"
