@@ -81,9 +81,10 @@ static struct split split(int fast, int n, const float * a, const float * b, int
         if (fast) {
             vst1_s8(out + 2*i, vmovn_s16(v));
         } else {
-            const int8x8_t hi = vrshrn_n_s16(v, 7);
-            vst1_s8(out + 2*i,     hi);
-            vst1_s8(out + 2*i + 8, vsub_s8(vmovn_s16(v), vshl_n_s8(hi, 7)));
+            const int8x8_t  hi = vrshrn_n_s16(v, 7);
+            const uint8x8_t lo = vsub_u8(vreinterpret_u8_s8(vmovn_s16(v)), vshl_n_u8(vreinterpret_u8_s8(hi), 7)); // mod 256: it fits
+            vst1_s8(out + 2*i, hi);
+            vst1_s8(out + 2*i + 8, vreinterpret_s8_u8(lo));
         }
     }
     struct split res = { .step = range/top, .sum = vaddvq_f32(sum) };

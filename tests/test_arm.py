@@ -72,8 +72,8 @@ def compiler_of(name: str) -> "list[str]":
         return [require("aarch64-linux-gnu-gcc"), "-O3"]
     if name == "gcc for a newer processor":  # whose instructions the kernels of older ones must not get
         return [require("aarch64-linux-gnu-gcc"), "-O3", "-march=armv8.6-a+sve+i8mm+bf16"]
-    if name == "gcc -O0":
-        return [require("aarch64-linux-gnu-gcc"), "-O0"]
+    if name == "gcc -O0, undefined":  # with the sanitizer for what C leaves undefined
+        return [require("aarch64-linux-gnu-gcc"), "-O0", "-g1", "-fsanitize=undefined", "-fno-sanitize-recover=all"]
     return [clang(), "--target=aarch64-linux-gnu", "-O3"]
 
 
@@ -89,7 +89,7 @@ def driver(tmp_path_factory):
         qemu = require("qemu-aarch64")
         if compiler not in made:
             made[compiler] = Build(tmp_path_factory.mktemp("arm"), [*compiler_of(compiler), "-static"]).kernel_driver()
-        return [qemu, "-cpu", cpu, str(made[compiler])]
+        return [qemu, "-cpu", cpu, str(made[compiler]), "0"]
 
     return make
 
@@ -112,7 +112,7 @@ def test_attention(driver, compiler):
 
 
 @pytest.mark.parametrize(("compiler", "cpu"), [("gcc", "cortex-a53"), ("gcc", "neoverse-n1"),
-                                               ("gcc for a newer processor", "max"), ("gcc -O0", "max")])
+                                               ("gcc for a newer processor", "max"), ("gcc -O0, undefined", "max")])
 def test_attention_with_what_the_processor_has(driver, compiler, cpu):
     """No instruction that it lacks is executed, and a compiler's other settings change nothing."""
     cases = [case for case in CASES if case.D[0] in (16, 80, 128) and case.rows < 3]
