@@ -1,4 +1,4 @@
-// kvarn-cpu-ggml.cpp - GGML_OP_KVARN on the CPU backend: SEAL and GET threaded over (tile, head), ATTN over (head, chunk of tiles).
+// kvarn-cpu-ggml.cpp - GGML_OP_KVARN on the CPU backend: SEAL and GET threaded over (tile, head), ATTN over (rows, head, tiles).
 // Here tensors become pointers; tile bytes are read and written by kvarn-ref.c and the kernels behind kvarn-cpu.h.
 //
 // SPDX-License-Identifier: MIT
@@ -48,7 +48,8 @@ size_t ggml_kvarn_work_size(const ggml_tensor * node, int n_tasks) {
     return kvarn_scratch(node)*sizeof(float)*n_tasks;
 }
 
-static void kvarn_forward_seal(const ggml_compute_params * params, ggml_tensor * dst, const kvarn_shape & shape, float * scratch) {
+static void kvarn_forward_seal(const ggml_compute_params * params, ggml_tensor * dst, const kvarn_shape & shape,
+                               float * scratch) {
     const ggml_tensor * tail = dst->src[0];
     const int64_t     * list = (const int64_t *) dst->src[1]->data + shape.n_rows;
 
@@ -97,7 +98,8 @@ static void kvarn_forward_get(const ggml_compute_params * params, ggml_tensor * 
         ggml_fp16_t * rows = (ggml_fp16_t *) ((char *) dst->data + s*dst->nb[3] + i*KVARN_G*row_size) + h*shape.D;
 
         if (where == KVARN_MAP_SEALED) {
-            kvarn_unseal_rows(&shape, (const uint8_t *) tiles->data + (tile*shape.H + h)*tile_size, rows, scratch, ggml_cpu_fp32_to_fp16);
+            kvarn_unseal_rows(&shape, (const uint8_t *) tiles->data + (tile*shape.H + h)*tile_size, rows, scratch,
+                              ggml_cpu_fp32_to_fp16);
             continue;
         }
         GGML_ASSERT(where == KVARN_MAP_EMPTY || (where >= 0 && where < tail->ne[1]/KVARN_G));
@@ -124,7 +126,8 @@ static kvarn_cpu_source kvarn_find_source(const ggml_tensor * dst, const kvarn_a
     if (!tiles) { // an f16 cache, permuted: [D, n_kv, H, ns]
         res.rows = (const ggml_fp16_t *) ((const char *) rows->data + i*KVARN_G*rows->nb[1] + h*rows->nb[2] + s*rows->nb[3]);
     } else if (where == KVARN_MAP_SEALED) {
-        res.tile = (const uint8_t *) tiles->data + (((shape.s0 + s)*shape.n_tiles + i)*shape.H + h)*kvarn_tile_size(D, shape.bits[side]);
+        res.tile = (const uint8_t *) tiles->data + (((shape.s0 + s)*shape.n_tiles + i)*shape.H + h)*kvarn_tile_size(D,
+                    shape.bits[side]);
     } else {
         GGML_ASSERT(where >= 0 && where < rows->ne[1]/KVARN_G);
         res.rows = (const ggml_fp16_t *) ((const char *) rows->data + where*KVARN_G*rows->nb[1]) + h*D;

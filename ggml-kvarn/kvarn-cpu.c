@@ -51,23 +51,27 @@ static const float * rows_f32(int D, int t0, int t1, const uint16_t * rows, int6
     return scratch;
 }
 
-static void score_tile(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * q, float * s, float * scratch) {
+static void score_tile(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * q, float * s,
+                       float * scratch) {
     (void) next;
     kvarn_unseal_ref(KVARN_KEY, bits, D, tile, scratch);
     score_f32(D, n_q, 0, G, scratch, q, s);
 }
 
-static void value_tile(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * p, float * o, float * scratch) {
+static void value_tile(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * p, float * o,
+                       float * scratch) {
     (void) next;
     kvarn_unseal_ref(KVARN_VALUE, bits, D, tile, scratch);
     value_f32(D, n_q, 0, G, scratch, p, o);
 }
 
-static void score_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * q, float * s, float * scratch) {
+static void score_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * q, float * s,
+                       float * scratch) {
     score_f32(D, n_q, t0, t1, rows_f32(D, t0, t1, rows, stride, scratch), q, s);
 }
 
-static void value_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * p, float * o, float * scratch) {
+static void value_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * p, float * o,
+                       float * scratch) {
     value_f32(D, n_q, t0, t1, rows_f32(D, t0, t1, rows, stride, scratch), p, o);
 }
 
@@ -146,7 +150,8 @@ void kvarn_cpu_start(struct kvarn_cpu_state * state, float * memory) {
 }
 
 void kvarn_cpu_add(const struct kvarn_cpu_kernels * kernels, struct kvarn_cpu_state * state, const struct kvarn_cpu_source * k,
-                   const struct kvarn_cpu_source * v, const uint8_t * next_k, const uint8_t * next_v, const uint16_t * mask_rows, int64_t stride) {
+                   const struct kvarn_cpu_source * v, const uint8_t * next_k, const uint8_t * next_v,
+                   const uint16_t * mask_rows, int64_t stride) {
     const int DK  = state->D[KVARN_KEY];
     const int DV  = state->D[KVARN_VALUE];
     const int n_q = state->n_rows*state->n_gqa;
@@ -161,7 +166,8 @@ void kvarn_cpu_add(const struct kvarn_cpu_kernels * kernels, struct kvarn_cpu_st
     }
 
     if (k->tile) {
-        kernels->score_tile(state->bits[KVARN_KEY], DK, n_q, k->tile, next_k ? next_k : k->tile, state->q, state->p, state->scratch);
+        kernels->score_tile(state->bits[KVARN_KEY], DK, n_q, k->tile, next_k ? next_k : k->tile, state->q, state->p,
+                state->scratch);
     } else {
         if (t1 - t0 < G) {
             memset(state->p, 0, (size_t) n_q*G*sizeof(float));
@@ -191,7 +197,8 @@ void kvarn_cpu_add(const struct kvarn_cpu_kernels * kernels, struct kvarn_cpu_st
     }
 
     if (v->tile) {
-        kernels->value_tile(state->bits[KVARN_VALUE], DV, n_q, v->tile, next_v ? next_v : v->tile, state->p, state->out, state->scratch);
+        kernels->value_tile(state->bits[KVARN_VALUE], DV, n_q, v->tile, next_v ? next_v : v->tile, state->p, state->out,
+                state->scratch);
     } else {
         kernels->value_rows(DV, n_q, t0, t1, v->rows, v->stride, state->p, state->out, state->scratch);
     }

@@ -24,8 +24,10 @@ struct kvarn_cpu_kernels {
     const char * name;
 
     // s[i][t] = sum_d q[i][d]*x[t][d]
-    void (*score_tile)(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * q, float * s, float * scratch);
-    void (*score_rows)(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * q, float * s, float * scratch);
+    void (*score_tile)(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * q, float * s,
+                       float * scratch);
+    void (*score_rows)(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * q, float * s,
+                       float * scratch);
 
     // f16 to f32 for all G rows; widens [*t0, *t1) so that it holds every row that is not -inf
     void (*read_mask)(const uint16_t * mask, float * f32, int * t0, int * t1);
@@ -37,8 +39,10 @@ struct kvarn_cpu_kernels {
     float (*soften)(float max, float * s);
 
     // o[i][d] += sum_t p[i][t]*x[t][d], p >= 0
-    void (*value_tile)(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * p, float * o, float * scratch);
-    void (*value_rows)(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * p, float * o, float * scratch);
+    void (*value_tile)(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * p, float * o,
+                       float * scratch);
+    void (*value_rows)(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * p, float * o,
+                       float * scratch);
 };
 
 // The kernels by the name in KVARN_CPU (the environment), or the best of this processor where it is not set:
@@ -86,7 +90,8 @@ void kvarn_cpu_start(struct kvarn_cpu_state * state, float * memory);
 //   next_k, next_v  tiles that will be added next, as a hint; NULL if there are none
 //   mask            f16 [n_rows][G], rows stride elements apart
 void kvarn_cpu_add(const struct kvarn_cpu_kernels * kernels, struct kvarn_cpu_state * state, const struct kvarn_cpu_source * k,
-                   const struct kvarn_cpu_source * v, const uint8_t * next_k, const uint8_t * next_v, const uint16_t * mask, int64_t stride);
+                   const struct kvarn_cpu_source * v, const uint8_t * next_k, const uint8_t * next_v, const uint16_t * mask,
+                   int64_t stride);
 
 #ifdef __cplusplus
 }

@@ -1,4 +1,4 @@
-// kvarn-x86-avx512.c - attention kernels for AVX-512 with VNNI: what kvarn-x86.c does, with 64 bytes and one instruction to multiply and add.
+// kvarn-x86-avx512.c - attention kernels for AVX-512 with VNNI: what kvarn-x86.c does, 64 bytes at a time.
 // Compiled for these instructions by attribute, chosen at run time: works in a build for any x86-64.
 //
 // SPDX-License-Identifier: MIT
@@ -10,9 +10,9 @@
 //            16 words of plane C, and T     fields 2..0, 5..3; 7..5, 4..2 of T    second pass: T is slots 6 and 7, see load_rest
 //   4 bits   two rows of 16 words           fields 3..0, 7..4 of each
 //
-// 16 bits: a field stays where it lies in bytes 0 and 2 of its word, or comes there from bytes 1 and 3, and is multiplied as a 16-bit
-// number. 8 bits (the fast mode): bytes are multiplied as they are, codes unsigned for keys; for values, whose p is unsigned, the code
-// is the signed operand and a field must not reach bit 7.
+// 16 bits: a field stays where it lies in bytes 0 and 2 of its word, or comes there from bytes 1 and 3, and is multiplied as a
+// 16-bit number. 8 bits (the fast mode): bytes are multiplied as they are, codes unsigned for keys; for values, whose p is
+// unsigned, the code is the signed operand and a field must not reach bit 7.
 
 #include "kvarn-cpu.h"
 
@@ -24,6 +24,8 @@
 #define G     KVARN_G
 #define D_MAX KVARN_D_MAX
 #define NV    4 // vectors multiplied at a time
+
+#define NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 #define NF    4 // fields of a unit
 
 // Largest v. 16 bits: a code in place is at most 240, and 240*16383*512 and 240*32767*128 fit in 32 bits.
@@ -109,8 +111,9 @@ AVX512_INLINE void load_words(const int bits, const int pass, const uint8_t * ro
 #define ADD_PRODUCTS(instruction, sum, a, b) __asm__(instruction " %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b))
 
 // acc[v][field] = sums of products of nv vectors with the codes of a unit
-AVX512_INLINE void dot_codes(const int side, const int fast, const int bits, const int pass, const int nv, int n_r, const uint8_t * at,
-                             int row_size, int X, __mmask16 live[2], const uint8_t * ahead, const int32_t * vec, __m512i acc[NV][NF]) {
+AVX512_INLINE void dot_codes(const int side, const int fast, const int bits, const int pass, const int nv, int n_r,
+                             const uint8_t * at, int row_size, int X, __mmask16 live[2], const uint8_t * ahead,
+                             const int32_t * vec, __m512i acc[NV][NF]) {
     __m512i sum[NV][NF];
     for (int v = 0; v < nv; ++v) {
         for (int i = 0; i < NF; ++i) {
@@ -300,16 +303,16 @@ AVX512_INLINE void value_codes(const int fast, int bits, int D, int n_q, const u
     }
 }
 
-#define TILE_FUNCTIONS(suffix, fast)                                                                                                    \
-    AVX512 static void score_tile##suffix(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * q, float * s, \
-                                          float * scratch) {                                                                            \
-        (void) scratch;                                                                                                                 \
-        score_codes(fast, bits, D, n_q, tile, next, q, s);                                                                              \
-    }                                                                                                                                   \
-    AVX512 static void value_tile##suffix(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * p, float * o, \
-                                          float * scratch) {                                                                            \
-        (void) scratch;                                                                                                                 \
-        value_codes(fast, bits, D, n_q, tile, next, p, o);                                                                              \
+#define TILE_FUNCTIONS(suffix, fast)                                                                        \
+    AVX512 static void score_tile##suffix(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next,  \
+                                          const float * q, float * s, float * scratch) {                         \
+        (void) scratch;                                                                                          \
+        score_codes(fast, bits, D, n_q, tile, next, q, s);                                                       \
+    }                                                                                                            \
+    AVX512 static void value_tile##suffix(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next,  \
+                                          const float * p, float * o, float * scratch) {                         \
+        (void) scratch;                                                                                          \
+        value_codes(fast, bits, D, n_q, tile, next, p, o);                                                       \
     }
 TILE_FUNCTIONS(, 0)
 TILE_FUNCTIONS(_fast, 1)
@@ -450,7 +453,7 @@ AVX512 static float soften(float max, float * s) {
     for (int t = 0; t < G; t += 16) {
         const __m512 d = _mm512_sub_ps(_mm512_loadu_ps(s + t), m);
         const __mmask16 is_seen = _mm512_cmp_ps_mask(d, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
-        const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(d, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(d, _mm512_set1_ps(1.44269504f)), NEAREST);
         const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693147182f), d);
         __m512 y = _mm512_set1_ps(0.0414583981f);
         y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.167910308f));

@@ -1,4 +1,4 @@
-// kvarn-x86.c - attention kernels for AVX2 + FMA + F16C: codes are multiplied as integers, once for all query vectors of a KV head.
+// kvarn-x86.c - attention kernels for AVX2, FMA, F16C: codes are multiplied as integers, once for all query vectors of a KV head.
 // Compiled for these instructions by attribute, chosen at run time: works in a build for any x86-64.
 //
 // SPDX-License-Identifier: MIT
@@ -23,6 +23,8 @@
 #define G     KVARN_G
 #define D_MAX KVARN_D_MAX
 #define NV    4 // vectors multiplied at a time
+
+#define NEAREST (_MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 
 // Largest v. 16 bits: a code in place (see masks_of) is at most 240, and 240*16383*512 and 240*32767*128 fit in 32 bits.
 enum { KEY_MAX = 16383, VALUE_MAX = 32767, KEY_MAX_FAST = 127, VALUE_MAX_FAST = 255 };
@@ -112,8 +114,8 @@ AVX2_INLINE __m256i load_words(const int bits, const int pass, const uint8_t * r
                            _mm256_and_si256(_mm256_srli_epi32(c, 4), _mm256_set1_epi8(0x0c))));
 }
 
-// a0 += c0*v and a1 += c1*v for one dword v of a vector. In assembly, because the loops around it need all 16 registers: compilers
-// load ahead and give sums new registers until half of the accumulators live in memory.
+// a0 += c0*v and a1 += c1*v for one dword v of a vector. In assembly, because the loops around it need all 16 registers:
+// compilers load ahead and give sums new registers until half of the accumulators live in memory.
 //   multiply, add   vpmaddwd and vpaddd, or vpmaddubsw (its unsigned operand is the second of three in this syntax) and vpaddw
 #define ADD_PRODUCTS(multiply, add, a0, a1, c0, c1, v)                                                              \
     do {                                                                                                            \
@@ -125,8 +127,8 @@ AVX2_INLINE __m256i load_words(const int bits, const int pass, const uint8_t * r
 #define BYTES_KEYS(v, c, to)    "vpmaddubsw " #v ", " #c ", " #to "\n\t"
 #define BYTES_VALUES(v, c, to)  "vpmaddubsw " #c ", " #v ", " #to "\n\t"
 
-// Sums of products of nv vectors with the codes of eight words and two slots: acc[v][slot]. One word holds four contracted indices
-// of one free one. 16 bits: bytes 0 and 2, then bytes 1 and 3 are multiplied as 16-bit numbers and added in pairs.
+// Sums of products of nv vectors with the codes of eight words and two slots: acc[v][slot]. One word holds four contracted
+// indices of one free one. 16 bits: bytes 0 and 2, then bytes 1 and 3 are multiplied as 16-bit numbers and added in pairs.
 AVX2_INLINE void dot_codes(const int bits, const int pass, const int nv, int n_r, const uint8_t * at, int row_size, int X,
                            const uint8_t * ahead, const int32_t * vec, __m256i acc[NV][2]) {
     int mask[2];
@@ -159,9 +161,10 @@ AVX2_INLINE void dot_codes(const int bits, const int pass, const int nv, int n_r
     }
 }
 
-// The same for vectors of bytes: signed ones for keys, unsigned ones for values. Codes are moved down to bit 0, and sums of 16 bits
-// are widened before they can overflow: run groups of four r add up to 2*run*(largest code)*(largest byte) < 32768.
-AVX2_INLINE void dot_codes_fast(const int side, const int bits, const int pass, const int nv, int n_r, const uint8_t * at, int row_size,
+// The same for vectors of bytes: signed ones for keys, unsigned ones for values. Codes are moved down to bit 0, and sums of 16
+// bits are widened before they can overflow: run groups of four r add up to 2*run*(largest code)*(largest byte) < 32768.
+AVX2_INLINE void dot_codes_fast(const int side, const int bits, const int pass, const int nv, int n_r, const uint8_t * at,
+                                int row_size,
                                 int X, const uint8_t * ahead, const int32_t * vec, __m256i acc[NV][2]) {
     const int run = (bits == 2 ? 32 : bits == 3 ? 16 : 8) >> (side == KVARN_VALUE);
     const int at0 = bits == 2 ? 4*pass : bits == 4 ? 0 : pass < 3 ? 0 : 5;
@@ -273,7 +276,8 @@ AVX2_INLINE void prefetch_factors(int bits, int D, const uint8_t * next) {
     }
 }
 
-AVX2_INLINE void score_codes(const int fast, int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * q, float * s) {
+AVX2_INLINE void score_codes(const int fast, int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next,
+                             const float * q, float * s) {
     const float v_max = fast ? KEY_MAX_FAST : KEY_MAX;
     float scale[D_MAX], centre[D_MAX], x[D_MAX];
     int32_t vec[NV*D_MAX/2];
@@ -305,7 +309,8 @@ AVX2_INLINE void score_codes(const int fast, int bits, int D, int n_q, const uin
     }
 }
 
-AVX2_INLINE void value_codes(const int fast, int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * p, float * o) {
+AVX2_INLINE void value_codes(const int fast, int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next,
+                             const float * p, float * o) {
     const float v_max = fast ? VALUE_MAX_FAST : VALUE_MAX;
     float token[G], x[G];
     int32_t vec[NV*G/2];
@@ -334,22 +339,26 @@ AVX2_INLINE void value_codes(const int fast, int bits, int D, int n_q, const uin
     }
 }
 
-AVX2 static void score_tile(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * q, float * s, float * scratch) {
+AVX2 static void score_tile(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * q, float * s,
+                            float * scratch) {
     (void) scratch;
     score_codes(0, bits, D, n_q, tile, next, q, s);
 }
 
-AVX2 static void value_tile(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * p, float * o, float * scratch) {
+AVX2 static void value_tile(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * p, float * o,
+                            float * scratch) {
     (void) scratch;
     value_codes(0, bits, D, n_q, tile, next, p, o);
 }
 
-AVX2 static void score_tile_fast(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * q, float * s, float * scratch) {
+AVX2 static void score_tile_fast(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * q,
+                                 float * s, float * scratch) {
     (void) scratch;
     score_codes(1, bits, D, n_q, tile, next, q, s);
 }
 
-AVX2 static void value_tile_fast(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * p, float * o, float * scratch) {
+AVX2 static void value_tile_fast(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * p,
+                                 float * o, float * scratch) {
     (void) scratch;
     value_codes(1, bits, D, n_q, tile, next, p, o);
 }
@@ -394,7 +403,8 @@ AVX2_INLINE void score_pair(const int n, int D, const float * x, const float * q
     }
 }
 
-AVX2 static void score_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * q, float * s, float * scratch) {
+AVX2 static void score_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * q,
+                            float * s, float * scratch) {
     for (int t = t0; t < t1; t += 2) {
         const int at = t + 2 <= G ? t : G - 2; // also where the last token is alone: its neighbour is computed for nothing
         rows_f32(D, 2, rows + at*stride, stride, scratch);
@@ -432,7 +442,8 @@ AVX2_INLINE void value_strip(const int n, int D, int t0, int t1, const float * x
     }
 }
 
-AVX2 static void value_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * p, float * o, float * scratch) {
+AVX2 static void value_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * p,
+                            float * o, float * scratch) {
     rows_f32(D, t1 - t0, rows + t0*stride, stride, scratch + t0*D);
     int i = 0;
     for (; i + NV <= n_q; i += NV) {
@@ -448,7 +459,7 @@ AVX2 static void value_rows(int D, int n_q, int t0, int t1, const uint16_t * row
 // exp(x), x <= 0, relative error below 3e-6; 0 below -87
 AVX2_INLINE __m256 exp_of(__m256 x) {
     const __m256 low = _mm256_cmp_ps(x, _mm256_set1_ps(-87.0f), _CMP_LT_OQ);
-    const __m256 n   = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256 n   = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), NEAREST);
     const __m256 r   = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693147182f), x);
     __m256 y = _mm256_set1_ps(0.0414583981f);
     y = _mm256_fmadd_ps(y, r, _mm256_set1_ps(0.167910308f));
@@ -465,7 +476,8 @@ AVX2 static void read_mask(const uint16_t * m, float * f32, int * t0, int * t1) 
     for (int t = 0; t < G; t += 8) {
         const __m256 x = load_f16(m + t);
         _mm256_storeu_ps(f32 + t, x);
-        seen[t/64] |= (uint64_t) (unsigned) _mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_set1_ps(-__builtin_inff()), _CMP_NEQ_UQ)) << t % 64;
+        const __m256 is_seen = _mm256_cmp_ps(x, _mm256_set1_ps(-__builtin_inff()), _CMP_NEQ_UQ);
+        seen[t/64] |= (uint64_t) (unsigned) _mm256_movemask_ps(is_seen) << t % 64;
     }
     if (!seen[0] && !seen[1]) {
         return;

@@ -151,20 +151,21 @@ struct tiles {
     int n, bits;
     size_t size;
     std::vector<uint8_t> bytes;
-    const uint8_t * at(int i) const { return bytes.data() + (size_t) i*size; }
+    // on cache lines, as a cache has them
+    uint8_t * at(int i) const { return (uint8_t *) (((uintptr_t) bytes.data() + 63)/64*64) + (size_t) i*size; }
 };
 
 // n tiles, of which the first few differ
 static tiles sealed(int side, int bits, int n, bool planted, unsigned seed) {
     tiles res = { n, bits, (size_t) kvarn_tile_bytes(D, bits), {} };
-    res.bytes.resize(res.size*n);
+    res.bytes.resize(res.size*n + 63);
     std::mt19937 rng(seed);
     std::vector<float> scratch(kvarn_seal_scratch(D));
     for (int i = 0; i < n; ++i) {
         if (i < 8) {
-            kvarn_seal_ref(side, bits, D, tokens(rng, planted).data(), res.bytes.data() + res.size*i, scratch.data());
+            kvarn_seal_ref(side, bits, D, tokens(rng, planted).data(), res.at(i), scratch.data());
         } else {
-            memcpy(res.bytes.data() + res.size*i, res.bytes.data() + res.size*(i % 8), res.size);
+            memcpy(res.at(i), res.at(i % 8), res.size);
         }
     }
     return res;
@@ -296,7 +297,8 @@ int main(int argc, char ** argv) {
     for (int side : { KVARN_KEY, KVARN_VALUE }) {
         for (int bits : { 2, 3, 4 }) {
             std::vector<uint8_t> tile(kvarn_tile_bytes(D, bits));
-            const timing seal   = measure([&] { kvarn_seal_ref  (side, bits, D, x.data(), tile.data(), scratch.data()); }, n_rounds);
+            const timing seal   = measure([&] { kvarn_seal_ref  (side, bits, D, x.data(), tile.data(), scratch.data()); },
+                                          n_rounds);
             const timing unseal = measure([&] { kvarn_unseal_ref(side, bits, D, tile.data(), y.data()); }, n_rounds);
             for (const auto & row : { std::make_pair("seal", seal), std::make_pair("unseal", unseal) }) {
                 const timing & t = row.second;
