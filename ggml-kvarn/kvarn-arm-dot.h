@@ -2,7 +2,7 @@
 //
 // SPDX-License-Identifier: MIT
 //
-// A pair is two byte vectors a and b, in turns of 8 contracted indices: hi and lo of one query vector, or two of them in fast mode.
+// A pair is two byte vectors a and b, in turns of 8 contracted indices: hi and lo of a query vector, or two vectors in fast mode.
 //
 //     pair       | a[0..7] | b[0..7] | a[8..15] | b[8..15] | ..        16 bytes face two rows of words, r = 8i .. 8i+7
 //     SDOT       row 2i with lanes 0 (a) and 2 (b), row 2i+1 with lanes 1 and 3: 4 free indices, one sum each
@@ -53,7 +53,7 @@ NEON_INLINE void load_words(const int bits, const int pass, const uint8_t * row,
     z[2] = bits == 3 && pass == 1 ? vld1q_u8(row + 8*X) : z[0];
 }
 
-// Four registers of codes, one per byte. Slots are masked where they are, if a signed byte can hold that: shift_of() is what is left.
+// Four registers of codes, one per byte. Slots are masked where they are if a signed byte can hold that: shift_of() is left.
 NEON_INLINE void codes_of(const int bits, const int pass, const uint8x16_t z[3], int8x16_t c[4]) {
     uint8x16_t u[4];
     if (bits == 2) {

@@ -3,8 +3,8 @@
 //
 // SPDX-License-Identifier: MIT
 //
-// Keys contract x[d] = q[d]*scale[d], values contract x[t] = p[t]*token[t]. Both become v = round(x/step), two bytes v = 128*hi + lo
-// (fast mode: one byte, of which p, never negative, uses 7 bits), so that one multiplication of bytes serves:
+// Keys contract x[d] = q[d]*scale[d], values x[t] = p[t]*token[t]. Both become v = round(x/step), two bytes v = 128*hi + lo (fast
+// mode: one byte, of which p, never negative, uses 7 bits), so that one multiplication of bytes serves:
 //     s[t]  = token[t]*(step*sum_d v[d]*code(t,d) + base + sum_d q[d]*zero[d])
 //     o[d] += scale[d]*(step*sum_t v[t]*code(t,d) + base) + zero[d]*sum_t p[t]*token[t]
 // The rounding of v would be multiplied by the mean code; base takes that part from the exact sums instead:
@@ -76,13 +76,14 @@ static struct split split(int fast, int n, const float * a, const float * b, int
     for (int i = 0; i < n; i += 8) {
         const float32x4_t x0 = vmulq_f32(vld1q_f32(a + i),     vld1q_f32(b + i));
         const float32x4_t x1 = vmulq_f32(vld1q_f32(a + i + 4), vld1q_f32(b + i + 4));
-        const int16x8_t v = vcombine_s16(vmovn_s32(vcvtnq_s32_f32(vmulq_f32(x0, inv))), vmovn_s32(vcvtnq_s32_f32(vmulq_f32(x1, inv))));
+        const int32x4_t v0 = vcvtnq_s32_f32(vmulq_f32(x0, inv)), v1 = vcvtnq_s32_f32(vmulq_f32(x1, inv));
+        const int16x8_t v  = vcombine_s16(vmovn_s32(v0), vmovn_s32(v1));
         all = vpadalq_s16(all, v);
         if (fast) {
             vst1_s8(out + 2*i, vmovn_s16(v));
         } else {
-            const int8x8_t  hi = vrshrn_n_s16(v, 7);
-            const uint8x8_t lo = vsub_u8(vreinterpret_u8_s8(vmovn_s16(v)), vshl_n_u8(vreinterpret_u8_s8(hi), 7)); // mod 256: it fits
+            const int8x8_t hi = vrshrn_n_s16(v, 7), low = vmovn_s16(v);
+            const uint8x8_t lo = vsub_u8(vreinterpret_u8_s8(low), vshl_n_u8(vreinterpret_u8_s8(hi), 7)); // mod 256: it fits
             vst1_s8(out + 2*i, hi);
             vst1_s8(out + 2*i + 8, vreinterpret_s8_u8(lo));
         }
@@ -121,7 +122,8 @@ static int multiply(const struct engine * engine, int bits, int n_q, int F, int 
 
 // step*sum_r v[r]*code(r, f) + base, for the four f from f on
 NEON_INLINE float32x4_t product(int fast, int i, int f, int32_t (* acc)[D_MAX], float32x4_t step, float32x4_t base) {
-    const int32x4_t v = fast ? vld1q_s32(acc[i] + f) : vaddq_s32(vshlq_n_s32(vld1q_s32(acc[2*i] + f), 7), vld1q_s32(acc[2*i + 1] + f));
+    const int32_t * a = acc[fast ? i : 2*i] + f;
+    const int32x4_t v = fast ? vld1q_s32(a) : vaddq_s32(vshlq_n_s32(vld1q_s32(a), 7), vld1q_s32(a + D_MAX));
     return vfmaq_f32(base, vcvtq_f32_s32(v), step);
 }
 
@@ -169,7 +171,9 @@ static void value_tile(const struct engine * engine, int bits, int D, int n_q, c
     for (int n, i = 0; i < n_q; i += n, p += n*G, o += n*D) {
         n = multiply(engine, bits, n_q - i, D, G, p, fac.token, tile, next, parts, acc);
         for (int j = 0; j < n; ++j) {
-            const float32x4_t step = vdupq_n_f32(parts[j].step), base = vdupq_n_f32(mid*parts[j].rest), sum = vdupq_n_f32(parts[j].sum);
+            const float32x4_t step = vdupq_n_f32(parts[j].step);
+            const float32x4_t base = vdupq_n_f32(mid*parts[j].rest);
+            const float32x4_t sum  = vdupq_n_f32(parts[j].sum);
             for (int d = 0; d < D; d += 4) {
                 float32x4_t r = vld1q_f32(o + j*D + d);
                 r = vfmaq_f32(r, vld1q_f32(fac.scale + d), product(engine->fast, j, d, acc, step, base));
@@ -184,7 +188,8 @@ static void value_tile(const struct engine * engine, int bits, int D, int n_q, c
 
 #define NV 4 // query vectors at a time: a row is converted once for them
 
-NEON_INLINE void score_rows_n(const int n, int D, int t0, int t1, const uint16_t * rows, int64_t stride, const float * q, float * s) {
+NEON_INLINE void score_rows_n(const int n, int D, int t0, int t1, const uint16_t * rows, int64_t stride, const float * q,
+                              float * s) {
     for (int t = t0; t < t1; ++t) {
         float32x4_t sum[NV][4];
         for (int j = 0; j < n; ++j) {
@@ -207,7 +212,8 @@ NEON_INLINE void score_rows_n(const int n, int D, int t0, int t1, const uint16_t
     }
 }
 
-static void score_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * q, float * s, float * scratch) {
+static void score_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * q, float * s,
+                       float * scratch) {
     (void) scratch;
     int i = 0;
     for (; i + NV <= n_q; i += NV) {
@@ -219,7 +225,8 @@ static void score_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, in
 }
 
 // sixteen channels of n outputs stay in registers while all rows pass
-NEON_INLINE void value_rows_n(const int n, int D, int t0, int t1, const uint16_t * rows, int64_t stride, const float * p, float * o) {
+NEON_INLINE void value_rows_n(const int n, int D, int t0, int t1, const uint16_t * rows, int64_t stride, const float * p,
+                              float * o) {
     for (int d = 0; d < D; d += 16) {
         float32x4_t r[NV][4];
         for (int j = 0; j < n; ++j) {
@@ -244,7 +251,8 @@ NEON_INLINE void value_rows_n(const int n, int D, int t0, int t1, const uint16_t
     }
 }
 
-static void value_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * p, float * o, float * scratch) {
+static void value_rows(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * p, float * o,
+                       float * scratch) {
     (void) scratch;
     int i = 0;
     for (; i + NV <= n_q; i += NV) {

@@ -1,5 +1,5 @@
-// kernel_driver.c - runs the shipping codec and attention kernels on what it reads; test_arm.py and test_sanitizers.py compile it.
-// One request is a line of words and numbers, then its arrays; the answer is arrays. tests/kernel_requests.py writes and reads both.
+// kernel_driver.c - runs the codec and the attention kernels that ship on what it reads: for test_arm.py and test_sanitizers.py.
+// One request is a line of words and numbers, then its arrays; the answer is arrays. kernel_requests.py writes and reads both.
 //
 // SPDX-License-Identifier: MIT
 //
@@ -193,7 +193,8 @@ int main(int argc, char ** argv) {
             continue;
         }
         if (sscanf(line, "%15s %d %d %d", r.what, a, a + 1, a + 2) != 4 &&
-            sscanf(line, "%15s %31s %d %d %d %d %d %d %d %d", r.what, r.name, a, a + 1, a + 2, a + 3, a + 4, a + 5, a + 6, a + 7) != 10) {
+            sscanf(line, "%15s %31s %d %d %d %d %d %d %d %d", r.what, r.name,
+                   a, a + 1, a + 2, a + 3, a + 4, a + 5, a + 6, a + 7) != 10) {
             fail("not a request");
         }
         take_arrays(&r);

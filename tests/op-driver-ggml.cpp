@@ -1,4 +1,4 @@
-// op-driver-ggml.cpp - the nodes SEAL, GET, ATTN and REDUCE with one thread and with several, without the rest of the CPU backend.
+// op-driver-ggml.cpp - the nodes SEAL, GET, ATTN and REDUCE with one thread and with several, without the backend's other ops.
 // test_sanitizers.py and test_arm.py compile it in seconds, with our sources and what they need of ggml.
 // Every number of threads must give the same bits. Prints, for each case, the rms error against the portable kernels.
 //
@@ -53,8 +53,11 @@ void ggml_barrier(ggml_threadpool * pool) {
     }
 }
 
-void ggml_threadpool_chunk_set(ggml_threadpool * pool, int value) { pool->chunk.store(value, std::memory_order_relaxed); }
-int  ggml_threadpool_chunk_add(ggml_threadpool * pool, int value) { return pool->chunk.fetch_add(value, std::memory_order_relaxed); }
+// relaxed as there: the order of memory is the barrier's business
+static const std::memory_order relaxed = std::memory_order_relaxed;
+
+void ggml_threadpool_chunk_set(ggml_threadpool * pool, int value) { pool->chunk.store(value, relaxed); }
+int  ggml_threadpool_chunk_add(ggml_threadpool * pool, int value) { return pool->chunk.fetch_add(value, relaxed); }
 
 static const int64_t G = KVARN_G;
 
@@ -138,7 +141,8 @@ static layer make_layer(ggml_context * ctx, const layer_case & c) {
         const bool is_seen = t/G != c.n_tiles/2 && uniform() < 0.8f && (t/G != c.n_tiles - 1 || t % G < 70);
         ((ggml_fp16_t *) mask->data)[i] = ggml_fp32_to_fp16(is_seen ? 0.0f : -INFINITY);
     }
-    res.out = with_data(ggml_kvarn_attn(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), view[0], view[1], mask, nullptr, 1.0f/sqrtf((float) c.D), 0.0f, 0.0f));
+    q = ggml_permute(ctx, q, 0, 2, 1, 3);
+    res.out = with_data(ggml_kvarn_attn(ctx, q, view[0], view[1], mask, nullptr, 1.0f/sqrtf((float) c.D), 0.0f, 0.0f));
     res.part = with_data(res.out->src[0]);
     return res;
 }
