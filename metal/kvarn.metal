@@ -357,7 +357,6 @@ kernel void kernel_kvarn_attn(
         }
     }
     // simdgroup 0 has its output in registers: its memory is free for everyone's maxima and sums
-    simdgroup_barrier(mem_flags::mem_threadgroup);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     threadgroup float * stat = (threadgroup float *) smem;
     if (lane == 0) {

@@ -265,6 +265,19 @@ def test_rows_of_tiles_are_unseals(results, mode):
 # ---------------------------------------------------------------------------------------------- the source
 
 
+def test_no_barrier_is_too_many(builds):
+    """Without any one of its barriers the source must show a race: none is useless, and none could get lost unnoticed."""
+    attn = [cases.attn(Attn(bits=bits, D=(16, 16), H=1, gqa=1, tiles=3, chunk=3), 1)[0] for bits in ((2, 3), (0, 2))]
+    seal = [cases.tiles(Tiles(0, 2, 16, 1), "seal")[0]]
+    for path, jobs in zip(harness.KERNELS, (attn, seal)):
+        assert builds.run("tsan", jobs, ["forward 0"])
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if re.match(r"\s*(simdgroup|threadgroup)_barrier\(", line):
+                with pytest.raises(Failed, match="data race"):
+                    builds.run("tsan", jobs, ["forward 0"], MSL_WITHOUT_BARRIER=str(number))
+                    pytest.fail(f"{path.name}:{number}: no race without this barrier")
+
+
 def test_every_kernel_runs(builds, attn_jobs, tile_jobs):
     """The plans of the jobs reach every instance in the source, in the short lists too: none is only compiled."""
     for few in (False, True):

@@ -130,7 +130,7 @@ class Builds:
         call([compiler(), "-shared", *objects, "-o", library])
         return library
 
-    def run(self, mode: str, jobs: "list[Job]", schedules: "list[str]", label: str = "") -> "list[dict]":
+    def run(self, mode: str, jobs: "list[Job]", schedules: "list[str]", label: str = "", **environment: str) -> "list[dict]":
         """What each job wrote: arrays by name. Runs at the same time need a label each."""
         runner, base = self.runner(mode), self.folder / f"jobs-{mode}-{label}"
         text, data, offset = [], [], 0
@@ -146,7 +146,7 @@ class Builds:
         paths[0].write_text("\n".join(text) + "\n")
         paths[1].write_bytes(b"".join(data))
         paths[2].unlink(missing_ok=True)
-        self.launched.update(call([runner, *paths], ENVIRONMENT).split())
+        self.launched.update(call([runner, *paths], {**ENVIRONMENT, **environment}).split())
         raw, at, results = paths[2].read_bytes(), 0, []
         for job in jobs:
             written = [(name, a.dtype, a.shape) for name, a, is_written in job.inputs if is_written] + job.outputs
