@@ -174,6 +174,7 @@ ATTN = [
     *(Attn(bits=(4, 3), D=(64, 64), H=2, tiles=tiles, chunk=chunk) for tiles, chunk in CHUNKS),
     *(Attn(bits=(3, 2), D=(32, 64), rows=3, mask=mask, tiles=6, chunk=2) for mask in ("window", "sparse", "nothing", "all")),
     *(Attn(bits=(0, 4), D=(64, 32), rows=2, mask=mask, tiles=4, chunk=2) for mask in ("window", "sparse", "nothing")),
+    Attn(D=(512, 64), H=1, gqa=8, tiles=2, chunk=2),  # the most threadgroup memory: one simdgroup
     Attn(D=(64, 64), rows=2, streams=(3, 1, 2)),
     Attn(D=(64, 64), rows=2, streams=(3, 0, 3), one_mask=True, mask="all"),
     Attn(D=(64, 64), gqa=3, rows=2, sinks=True),
