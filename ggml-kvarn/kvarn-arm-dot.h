@@ -122,7 +122,7 @@ NEON_INLINE void dot_neon_pass(const int bits, const int pass, const struct dot 
     const int X        = words_of(bits, dot->F);
     const int row_size = dot->F*bits/2;
     const int n_row    = dot->n_r/4;
-    const int run      = 256 >> bits; // rows: 64*3*127, 32*7*127 and 16*15*127 < 32768
+    const int run      = 256 >> bits; // rows: 64*3*128, 32*7*128 and 16*15*128 < 32768
     const uint8_t * next = next_of(pass, dot);
 
     for (int x = 0; x < X; x += strip_of(bits)) {

@@ -3,7 +3,7 @@
 //
 // SPDX-License-Identifier: MIT
 //
-// Keys contract x[d] = q[d]*scale[d], values x[t] = p[t]*token[t]. Both become v = round(x/step), two bytes v = 128*hi + lo (fast
+// Keys contract x[d] = q[d]*scale[d], values x[t] = p[t]*token[t]. Both become v = round(x/step), two bytes v = 256*hi + lo (fast
 // mode: one byte, of which p, never negative, uses 7 bits), so that one multiplication of bytes serves:
 //     s[t]  = token[t]*(step*sum_d v[d]*code(t,d) + base + sum_d q[d]*zero[d])
 //     o[d] += scale[d]*(step*sum_t v[t]*code(t,d) + base) + zero[d]*sum_t p[t]*token[t]
@@ -69,7 +69,7 @@ static struct split split(int fast, int n, const float * a, const float * b, int
         max = vmaxq_f32(max, vabsq_f32(x));
         sum = vaddq_f32(sum, x);
     }
-    const float top   = fast ? 127.0f : 16256.0f; // 128*127
+    const float top   = fast ? 127.0f : 32512.0f; // 256*127
     const float range = vmaxvq_f32(max);
     const float32x4_t inv = vdupq_n_f32(range > 0.0f ? top/range : 0.0f);
     int32x4_t all = vdupq_n_s32(0);
@@ -82,10 +82,8 @@ static struct split split(int fast, int n, const float * a, const float * b, int
         if (fast) {
             vst1_s8(out + 2*i, vmovn_s16(v));
         } else {
-            const int8x8_t hi = vrshrn_n_s16(v, 7), low = vmovn_s16(v);
-            const uint8x8_t lo = vsub_u8(vreinterpret_u8_s8(low), vshl_n_u8(vreinterpret_u8_s8(hi), 7)); // mod 256: it fits
-            vst1_s8(out + 2*i, hi);
-            vst1_s8(out + 2*i + 8, vreinterpret_s8_u8(lo));
+            vst1_s8(out + 2*i,     vrshrn_n_s16(v, 8));
+            vst1_s8(out + 2*i + 8, vmovn_s16(v));
         }
     }
     struct split res = { .step = range/top, .sum = vaddvq_f32(sum) };
@@ -123,7 +121,7 @@ static int multiply(const struct engine * engine, int bits, int n_q, int F, int 
 // step*sum_r v[r]*code(r, f) + base, for the four f from f on
 NEON_INLINE float32x4_t product(int fast, int i, int f, int32_t (* acc)[D_MAX], float32x4_t step, float32x4_t base) {
     const int32_t * a = acc[fast ? i : 2*i] + f;
-    const int32x4_t v = fast ? vld1q_s32(a) : vaddq_s32(vshlq_n_s32(vld1q_s32(a), 7), vld1q_s32(a + D_MAX));
+    const int32x4_t v = fast ? vld1q_s32(a) : vaddq_s32(vshlq_n_s32(vld1q_s32(a), 8), vld1q_s32(a + D_MAX));
     return vfmaq_f32(base, vcvtq_f32_s32(v), step);
 }
 
