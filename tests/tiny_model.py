@@ -23,11 +23,14 @@ def byte_vocabulary():
 
 
 def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_head: int = 4, n_head_kv: int = 2, n_embd: int = 64,
-          n_ff: int = 128, n_ctx: int = 131072, window: int = 256, loud: float = 0.0, seed: int = 1):
+          n_ff: int = 128, n_ctx: int = 131072, window: int = 256, loud: float = 0.0, loud_tokens: int = 0,
+          gain: float = 2.0, seed: int = 1):
     """Writes a model to path and returns path.
 
-    window  sliding window of the odd layers (gemma3 only)
-    loud    adds this to a few channels of the keys, as real models have them
+    window       sliding window of the odd layers (gemma3 only)
+    loud         adds this to the gain of a few channels of the keys, as real models have them
+    loud_tokens  so many bytes, from "0" on, share a direction that the keys amplify: tokens with keys a few times longer
+    gain         of queries and keys: the larger, the more a query looks at few tokens
     """
     rng = np.random.default_rng(seed)
     tokens, types, scores = byte_vocabulary()
@@ -63,7 +66,11 @@ def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_he
     def ones(name, size):
         writer.add_tensor(name + ".weight", np.ones(size, np.float32))
 
-    matrix("token_embd", len(tokens), n_embd, gain=np.sqrt(n_embd))
+    embedding = rng.standard_normal((len(tokens), n_embd))
+    direction = rng.standard_normal(n_embd)
+    first = 3 + ord("0")
+    embedding[first:first + loud_tokens] = direction + 0.5*embedding[first:first + loud_tokens]
+    writer.add_tensor("token_embd.weight", embedding.astype(np.float16))
     matrix("output", len(tokens), n_embd, gain=3.0)
     ones("output_norm", n_embd)
     for layer in range(n_layer):
@@ -76,9 +83,11 @@ def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_he
         if arch in ("qwen3", "gemma3"):
             for norm in ("attn_q_norm", "attn_k_norm"):
                 ones(block + norm, head_dim)
-        matrix(block + "attn_q", n_head*head_dim, n_embd, gain=2.0)
-        keys = rng.standard_normal((n_head_kv*head_dim, n_embd))*2/np.sqrt(n_embd)
+        matrix(block + "attn_q", n_head*head_dim, n_embd, gain=gain)
+        keys = rng.standard_normal((n_head_kv*head_dim, n_embd))*gain/np.sqrt(n_embd)
         keys[::head_dim//4] *= 1 + loud
+        if loud_tokens:
+            keys += np.outer(rng.standard_normal(n_head_kv*head_dim), direction)*4*gain/n_embd
         writer.add_tensor(block + "attn_k.weight", keys.astype(np.float16))
         matrix(block + "attn_v", n_head_kv*head_dim, n_embd, gain=2.0)
         matrix(block + "attn_output", n_embd, n_head*head_dim)

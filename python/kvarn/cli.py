@@ -2,10 +2,11 @@
 
     kvarn demo [--quick] [--model FILE]    the same problems with four caches, side by side
     kvarn bench [--model FILE]             decode and prefill speed at depth
+    kvarn eval [MODEL]                     perplexity, KLD to f16 and long decodes with each cache type, as tables and plots
     kvarn run TOOL ARGS...                 a bundled tool by name, where another llama.cpp is on PATH too
     kvarn env                              two exports that make any llama-cpp-python use these libraries
 
-Nothing here needs llama-cpp-python, except demo and bench. SPDX-License-Identifier: MIT
+Nothing here needs llama-cpp-python, except demo, bench and eval. SPDX-License-Identifier: MIT
 """
 
 import argparse
@@ -66,10 +67,13 @@ def main(argv: "list[str] | None" = None) -> int:
     run.add_argument("arguments", nargs=argparse.REMAINDER)
     commands.add_parser("env", help="print the exports that make llama-cpp-python use these libraries: eval \"$(kvarn env)\"")
     bench = commands.add_parser("bench", help="decode and prefill speed at depth, cache types side by side")
+    evaluation = commands.add_parser("eval", help="how far each cache type takes a model away from f16")
     from . import bench as bench_module
     from . import demo as demo_module
+    from . import evaluation as evaluation_module
     demo_module.add_arguments(demo)
     bench_module.add_arguments(bench)
+    evaluation_module.add_arguments(evaluation)
     args = parser.parse_args(argv)
     if args.command == "run":
         return execute(args.tool, args.arguments)
@@ -78,7 +82,7 @@ def main(argv: "list[str] | None" = None) -> int:
     if args.command == "bench":
         args.words = (sys.argv[1:] if argv is None else argv)[1:]
         return bench_module.run(args)
-    return demo_module.run(args)
+    return (evaluation_module if args.command == "eval" else demo_module).run(args)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ class KVSize(NamedTuple):
     values_mib: float
     tail_mib: float    # tokens that are not in a full tile yet, in f16; 0 without kvarn
     f16_mib: float     # what f16 takes for the same number of tokens
+    stored_mib: float  # keys and values of these tokens alone, without tail and spare tiles
 
     @property
     def mib(self) -> float:
@@ -47,6 +48,11 @@ class KVSize(NamedTuple):
     def bits_per_value(self) -> float:
         """Everything allocated, spread over the tokens the user asked for."""
         return 16*self.mib/self.f16_mib if self.f16_mib else 0.0
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits per value of the types themselves: what a long context comes close to."""
+        return 16*self.stored_mib/self.f16_mib if self.f16_mib else 0.0
 
     def __str__(self) -> str:
         return (f"KV cache {kvtype.label(self.keys, self.values)}: {self.mib:.2f} MiB, {self.bits_per_value:.2f} bits per value "
@@ -62,7 +68,7 @@ def bits_of(name: str) -> float:
 def read_size(lines: "list[str]") -> KVSize:
     """Sums the size lines of all caches of a context (a model with sliding windows has two)."""
     keys = values = "f16"
-    total = {"keys": 0.0, "values": 0.0, "tail": 0.0, "f16": 0.0}
+    total = {"keys": 0.0, "values": 0.0, "tail": 0.0, "f16": 0.0, "stored": 0.0}
     sides = {match.group(1): (float(match.group(3)), float(match.group(4))/float(match.group(6)))
              for match in map(_SIDE.search, lines) if match}  # bits per value, tokens allocated per token asked for
     for line in lines:
@@ -73,10 +79,11 @@ def read_size(lines: "list[str]") -> KVSize:
             for which, name, mib in (("keys", size.group(4), size.group(5)), ("values", size.group(6), size.group(7))):
                 bits, spare = sides.get(which, (16.0, 1.0)) if kvtype.is_kvarn(name) else (bits_of(name), 1.0)
                 total[which] += float(mib)
+                total["stored"] += float(mib)/spare
                 total["f16"] += float(mib)*16/bits/spare
             if not kvtype.is_kvarn(keys, values):
                 keys, values = size.group(4), size.group(6)
-    return KVSize(keys, values, total["keys"], total["values"], total["tail"], total["f16"])
+    return KVSize(keys, values, total["keys"], total["values"], total["tail"], total["f16"], total["stored"])
 
 
 def type_id(given: "str | int") -> int:

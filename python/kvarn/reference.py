@@ -17,10 +17,12 @@ seal() chooses them in these steps; y is x in units of its own root mean square,
     (7)  keys: scale = var(y)/cov(y, c),  values: scale = sqrt(var(y)/var(c)),  c = tok*(code - h), for each channel
     (8)  keys: token = y.y/y.v,  values: token = |y|/|v|,  v[d] = code*scale + zero
 
-Scale and mid begin with a share of [min, max] of y/tok; then (4), (6), (5) four times; (4) and (6) once more give the codes; scale
-and zero for them follow from (7), become f16, and (8) is for exactly these. Least squares makes channels and rows smaller than the
-true ones by the share of the noise, and what is rare in a channel loses most: the token a query looks for has its score lowered
-against all others. So (7) and (8) give it back: keys are right along themselves, values keep their size. SPDX-License-Identifier: MIT
+Scale and mid begin with a share of [min, max] of y/tok; then (4), (6), (5) four times; (4) and (6) once more give the codes;
+scale and zero for them follow from (7), become f16, and (8) is for exactly these. Least squares makes channels and rows smaller
+than the true ones by the share of the noise, and what is rare in a channel loses most: the token a query looks for has its score
+lowered against all others. So (7) and (8) give it back: keys are right along themselves, values keep their size.
+
+SPDX-License-Identifier: MIT
 """
 
 import numpy as np
