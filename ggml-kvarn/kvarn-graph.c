@@ -109,6 +109,11 @@ struct ggml_tensor * ggml_kvarn_get(
 // partial results per KV head and stream, at most: several tasks for every thread; with many rows these are tasks enough
 #define CHUNKS_MAX 32
 
+// A device shares the tiles out over all its multiprocessors: as many partial results per layer, and some for the tiles that are not
+// sealed. Which of them it uses is its own affair; what it does not use, REDUCE does not read.
+#define CHUNKS_DEVICE 512
+#define CHUNKS_OPEN   4
+
 static_assert(sizeof(int32_t) + sizeof(struct kvarn_attn_shape) <= GGML_MAX_OP_PARAMS, "op_params too small for KVARN");
 
 struct kvarn_attn_shape ggml_kvarn_get_attn_shape(const struct ggml_tensor * node) {
@@ -182,12 +187,13 @@ struct ggml_tensor * ggml_kvarn_attn(
     GGML_ASSERT(mask->type == GGML_TYPE_F16 && mask->ne[0] == k->ne[1] && mask->ne[1] >= q->ne[1] && mask->ne[2] == 1);
 
     const int64_t n_used   = k->ne[1]/KVARN_G;
-    const int64_t n_max    = q->ne[1] <= ATTN_ROWS_MAX ? CHUNKS_MAX : 1;
+    const bool    is_host  = kvarn_is_host(any->src[2]);
+    const int64_t n_max    = !is_host ? MAX(CHUNKS_MAX, CHUNKS_DEVICE/(shape.H*q->ne[3])) : q->ne[1] <= ATTN_ROWS_MAX ? CHUNKS_MAX : 1;
     const int64_t n_chunks = GGML_PAD(n_used, CHUNK_MIN)/CHUNK_MIN < n_max ? GGML_PAD(n_used, CHUNK_MIN)/CHUNK_MIN : n_max;
     shape.chunk = (int32_t) ((n_used + n_chunks - 1)/n_chunks);
 
     struct ggml_tensor * part = ggml_new_tensor_4d(ctx, GGML_TYPE_F32,
-            shape.D[KVARN_VALUE] + 2, (n_used + shape.chunk - 1)/shape.chunk, q->ne[1]*q->ne[2], q->ne[3]);
+            shape.D[KVARN_VALUE] + 2, (n_used + shape.chunk - 1)/shape.chunk + (is_host ? 0 : CHUNKS_OPEN), q->ne[1]*q->ne[2], q->ne[3]);
     kvarn_set_attn_params(part, KVARN_OP_ATTN, shape);
     part->src[KVARN_SRC_Q]     = q;
     part->src[KVARN_SRC_PLAN]  = any->src[1];

@@ -1,0 +1,11 @@
+// kvarn-attn-d256.cu - attention for heads of 256 channels.
+//
+// SPDX-License-Identifier: MIT
+
+#if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
+
+#include "kvarn-attn.cuh"
+
+cudaError_t kvarn_attn_d256(const kvarn_attn_args & a, cudaStream_t stream) { return kvarn_attn_start_any<256>(a, stream); }
+
+#endif

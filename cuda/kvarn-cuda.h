@@ -1,0 +1,67 @@
+// kvarn-cuda.h - the CUDA kernels as functions of raw pointers: what the glue and the standalone benchmark call.
+// No ggml. Everything is launched on the stream and nothing waits for it; a launch error is returned.
+//
+// SPDX-License-Identifier: MIT
+
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+// Where the rows of one side of a layer's cache lie. Strides in elements.
+struct kvarn_cuda_side {
+    int             bits;          // 2, 3, 4; 0: an f16 cache, tile i = rows 128*i ..
+    int             D;
+    const uint8_t * tiles;         // [stream][tile][head]
+    const half    * rows;          // tail slots of 128 rows, or the f16 cache
+    int64_t         row_stride;
+    int64_t         head_stride;
+    int64_t         stream_stride; // f16 cache only
+};
+
+struct kvarn_attn_args {
+    kvarn_cuda_side side[2];
+    const float   * q;             // [stream][head][row][D], strides in elements
+    int64_t         q_row, q_head, q_stream;
+    const int64_t * map;           // of the first stream: [stream][n_tiles]
+    const half    * mask;          // [stream][row][n_used*128]; stride 0: one for all streams
+    int64_t         mask_row, mask_stream;
+    // [stream][row*n_head + head][cap][D of the values + 2]: maximum (base 2), sum, output times the sum
+    float         * part;
+    int             s0, n_stream;  // tiles of stream s are those of s0 + s
+    int             H, n_gqa, n_rows;
+    int             n_used;        // tiles looked at
+    int             n_tiles;       // tiles per stream
+    int             cap;           // partial results there is room for, at least 2
+    int             n_split;       // partial results of sealed tiles, set by kvarn_attn_plan
+    int             n_open;        // and of open ones, behind them
+    int             n_warps;       // per block, set by kvarn_attn_plan
+    int             n_stages;      // tiles in flight per warp, set by kvarn_attn_plan
+    float           scale, max_bias, softcap;
+};
+
+// Chooses n_split, n_open, n_warps and n_stages for this device: depends on nothing but the arguments, so REDUCE finds the same.
+cudaError_t kvarn_attn_plan(kvarn_attn_args * args);
+
+// ATTN: tiles and rows -> partial results
+cudaError_t kvarn_attn(const kvarn_attn_args & args, cudaStream_t stream);
+
+// the kernels that it picks from, by head size
+cudaError_t kvarn_attn_d64 (const kvarn_attn_args & a, cudaStream_t stream);
+cudaError_t kvarn_attn_d128(const kvarn_attn_args & a, cudaStream_t stream);
+cudaError_t kvarn_attn_d256(const kvarn_attn_args & a, cudaStream_t stream);
+cudaError_t kvarn_attn_f16 (const kvarn_attn_args & a, cudaStream_t stream); // one side an f16 cache, heads of 128 channels
+cudaError_t kvarn_attn_any (const kvarn_attn_args & a, cudaStream_t stream); // every shape
+
+// REDUCE: partial results of n query vectors -> out[n][D].  sinks: one logit per head or NULL
+cudaError_t kvarn_reduce(const float * part, const float * sinks, float * out, int D, int n, int n_head, int cap, int n_split,
+                         cudaStream_t stream);
+
+// GET: tiles map[stream][i], i < n_used -> f16 rows [stream][i*128 + t][head][D]
+cudaError_t kvarn_get(int side, int bits, int D, int H, const uint8_t * tiles, const half * tail, const int64_t * map, half * out,
+                      int n_used, int n_tiles, int s0, int n_stream, cudaStream_t stream);
+
+// SEAL: pairs (slot, tile) of the list, slot -1: nothing
+cudaError_t kvarn_seal(int side, int bits, int D, int H, const half * tail, const int64_t * list, int n_list, uint8_t * tiles,
+                       cudaStream_t stream);

@@ -1,0 +1,124 @@
+// kvarn-mma.cuh - the PTX that attention is made of: matrix instructions, the 8 x 8 transpose, copies of whole tiles.
+// Raw pointers, no ggml. sm_90 and later copy in bulk, sm_80 to sm_89 with cp.async, sm_75 through registers.
+//
+// SPDX-License-Identifier: MIT
+
+#pragma once
+
+#include <cuda_fp16.h>
+#include <stdint.h>
+
+// four consecutive f16 -> elements 0 and 2, elements 1 and 3: the order in which bytes of a word of codes become operands
+static __device__ __forceinline__ uint2 kvarn_even_odd(uint2 v) {
+    return make_uint2(__byte_perm(v.x, v.y, 0x5410), __byte_perm(v.x, v.y, 0x7632));
+}
+
+#if !defined(KVARN_ON_CPU) // tests/cuda/on-cpu.h has the rest in plain C++
+
+#define KVARN_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define KVARN_KEEP_ORDER() asm volatile("" ::: "memory")
+#define KVARN_DYNAMIC_SHARED(name) extern __shared__ __align__(128) uint8_t name[]
+
+// One mma of 16 rows x 8 columns over 16 contracted indices. Lane = 4*g + i holds
+//   a0 row g, a1 row g + 8, both k = 2i, 2i+1;  a2, a3 the same rows, k + 8      b0 column g, k = 2i, 2i+1;  b1 k + 8
+//   c0, c1 row g, columns 2i, 2i+1;  c2, c3 row g + 8
+static __device__ __forceinline__ void kvarn_mma(float & c0, float & c1, float & c2, float & c3,
+                                                 uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3) : "r"(a0), "r"(a1), "r"(b0));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+f"(c0), "+f"(c1), "+f"(c2), "+f"(c3) : "r"(a2), "r"(a3), "r"(b1));
+#endif
+}
+
+// Transpose of an 8 x 8 matrix of 16-bit elements: lane 4*g + i gives row g, columns 2i, 2i+1, and gets column g, rows 2i, 2i+1.
+static __device__ __forceinline__ uint32_t kvarn_transpose(uint32_t v) {
+    uint32_t r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+}
+
+static __device__ __forceinline__ float kvarn_exp2(float v) {
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+    return r;
+}
+
+static __device__ __forceinline__ uint32_t kvarn_pack(float lo, float hi) {
+    const half2 h = __floats2half2_rn(lo, hi);
+    return *(const uint32_t *) &h;
+}
+
+static __device__ __forceinline__ float2 kvarn_unpack(uint32_t v) { return __half22float2(*(const half2 *) &v); }
+
+static __device__ __forceinline__ uint32_t kvarn_mul2(uint32_t a, uint32_t b) {
+    const half2 h = __hmul2(*(const half2 *) &a, *(const half2 *) &b);
+    return *(const uint32_t *) &h;
+}
+
+// --- copies to shared memory: one warp, one barrier per destination, `size` bytes, a multiple of 16 ---
+
+static __device__ __forceinline__ uint32_t kvarn_shared(const void * p) { return (uint32_t) __cvta_generic_to_shared(p); }
+
+static __device__ __forceinline__ void kvarn_barrier_init(uint64_t * barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(kvarn_shared(barrier)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// Starts the copy. All lanes call it, after __syncwarp(): everybody has read what is overwritten.
+static __device__ __forceinline__ void kvarn_copy_start(uint64_t * barrier, uint8_t * dst, const uint8_t * src, int size,
+        int lane) {
+#if __CUDA_ARCH__ >= 900
+    if (lane == 0) {
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(kvarn_shared(barrier)),
+                "r"(size) : "memory");
+        asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                     :: "r"(kvarn_shared(dst)), "l"(src), "r"(size), "r"(kvarn_shared(barrier)) : "memory");
+    }
+#elif __CUDA_ARCH__ >= 800
+    for (int at = 16*lane; at < size; at += 16*32) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(kvarn_shared(dst + at)), "l"(src + at) : "memory");
+    }
+#else
+    for (int at = 16*lane; at < size; at += 16*32) {
+        *(uint4 *) (dst + at) = *(const uint4 *) (src + at);
+    }
+#endif
+}
+
+// Closes a group of copies for kvarn_copy_wait on sm_80 to sm_89, where groups are waited for in order: one call per place where
+// the others may start a copy, whether one was started or not.
+static __device__ __forceinline__ void kvarn_copy_commit() {
+#if __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 900
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for the copy. pending: groups committed after it that may stay open (1 to 3).
+static __device__ __forceinline__ void kvarn_copy_wait(uint64_t * barrier, int phase, int pending) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "wait:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@!p bra wait;\n"
+                 "}" :: "r"(kvarn_shared(barrier)), "r"(phase) : "memory");
+#elif __CUDA_ARCH__ >= 800
+    if (pending == 1) {
+        asm volatile("cp.async.wait_group 1;" ::: "memory");
+    } else {
+        asm volatile("cp.async.wait_group 3;" ::: "memory");
+    }
+    __syncwarp();
+#else
+    __syncwarp();
+#endif
+}
+
+#endif

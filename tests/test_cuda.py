@@ -1,0 +1,97 @@
+"""test_cuda.py - the CUDA kernels compile for every architecture without warnings or spills, and compute the right thing on the CPU.
+
+No device is needed: tests/cuda/on-cpu.h runs the kernels' own source with a fiber per thread. What only a device can say (speed,
+races, the PTX in kvarn-mma.cuh) is said by cuda/bench on one.
+
+SPDX-License-Identifier: MIT
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from kernel_requests import patched_tree
+
+ROOT = Path(__file__).resolve().parent.parent
+CUDA = ROOT / "cuda"
+KERNELS = sorted(path for path in CUDA.glob("*.cu") if not path.name.endswith("-ggml.cu"))
+ARCHITECTURES = (75, 86, 90, 120)
+WHEELS = "nvidia-cuda-nvcc nvidia-cuda-crt nvidia-nvvm nvidia-cuda-runtime nvidia-cuda-cccl"
+
+# Bytes of registers that a kernel may keep in local memory. What is spilled lies outside of the loops over codes.
+SPILLED_MAX = 192
+FLAGS = ["-std=c++17", "-O3", "-use_fast_math", f"-I{ROOT}/ggml-kvarn", f"-I{CUDA}", "-Werror", "all-warnings"]
+
+pytestmark = pytest.mark.slow
+
+
+def toolkit() -> Path:
+    """Folder of the CUDA toolkit: bin/nvcc and include. From PATH, CUDA_PATH, the usual place or NVIDIA's wheels."""
+    nvcc = shutil.which("nvcc")
+    folders = [Path(nvcc).resolve().parent.parent] if nvcc else []
+    folders += [Path(os.environ["CUDA_PATH"])] if os.environ.get("CUDA_PATH") else []
+    folders += [Path("/usr/local/cuda"), Path(sysconfig.get_path("purelib")) / "nvidia/cu13"]
+    for folder in folders:
+        if (folder / "bin/nvcc").exists() and (folder / "include/cuda_fp16.h").exists():
+            return folder
+    reason = f"no CUDA compiler: install the toolkit, or pip install {WHEELS}"
+    pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+
+
+def run(*command, **settings) -> str:
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, **settings)
+    assert done.returncode == 0, f"{' '.join(str(word) for word in command[-4:])}:\n{(done.stdout + done.stderr)[-3000:]}"
+    return done.stdout + done.stderr
+
+
+def compile_for(nvcc: Path, arch: int, source: Path, folder: Path) -> "list[str]":
+    """Compiles one file; returns what its kernels spill beyond the bound."""
+    log = run(nvcc, *FLAGS, f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", "-c", source,
+              "-o", folder / f"{source.stem}-{arch}.o")
+    found = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores", log, re.DOTALL)
+    assert "__global__" not in source.read_text() or found, f"{source.name}: the compiler names no kernel"
+    return [f"sm_{arch} {source.name}: {name} spills {size} bytes" for name, size in found if int(size) > SPILLED_MAX]
+
+
+def test_kernels_compile_without_warnings_and_hardly_spill(tmp_path):
+    nvcc = toolkit() / "bin/nvcc"
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(compile_for, nvcc, arch, source, tmp_path) for source in KERNELS for arch in ARCHITECTURES]
+        spilled = [line for job in jobs for line in job.result()]
+    assert not spilled, "\n".join(spilled)
+
+
+def test_glue_compiles_in_the_patched_tree(tmp_path):
+    tree = patched_tree() / "ggml"
+    run(toolkit() / "bin/nvcc", "-std=c++17", "-use_fast_math", "-extended-lambda", "-gencode=arch=compute_90,code=sm_90",
+        f"-I{tree}/include", f"-I{tree}/src", f"-I{tree}/src/ggml-cuda", f"-I{ROOT}/ggml-kvarn", "-Xcompiler", "-Wall",
+        "-c", CUDA / "kvarn-cuda-ggml.cu", "-o", tmp_path / "glue.o")
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory) -> "dict[str, Path]":
+    """The standalone checks of cuda/bench, compiled for the CPU."""
+    folder, include = tmp_path_factory.mktemp("cuda"), toolkit() / "include"
+    flags = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas",
+             "-include", ROOT / "tests/cuda/on-cpu.h", f"-I{include}", f"-I{ROOT}/ggml-kvarn", f"-I{CUDA}", "-c"]
+    sources = [*KERNELS, *sorted((CUDA / "bench").glob("*.cu")), ROOT / "tests/cuda/on-cpu.cpp"]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda path: run("g++", *flags, "-x", "c++", path, "-o", folder / f"{path.stem}.o"), sources))
+    run("gcc", "-O2", "-ffp-contract=off", f"-I{ROOT}/ggml-kvarn", "-c", ROOT / "ggml-kvarn/kvarn-ref.c", "-o", folder / "ref.o")
+    common = [folder / f"{path.stem}.o" for path in KERNELS] + [folder / "on-cpu.o", folder / "ref.o"]
+    for name in ("bench-attn", "bench-seal"):
+        run("g++", "-o", folder / name, folder / f"{name}.o", *common)
+    return {name: folder / name for name in ("bench-attn", "bench-seal")}
+
+
+def test_attention_on_the_cpu_agrees_with_float64(on_cpu):
+    assert " 0 failed" in run(on_cpu["bench-attn"], "check", timeout=600)
+
+
+def test_seal_and_get_on_the_cpu_give_the_bytes_of_the_reference(on_cpu):
+    assert " 0 failed" in run(on_cpu["bench-seal"], "check", timeout=600)
