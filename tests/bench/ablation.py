@@ -77,6 +77,7 @@ def recipes(varied) -> "dict[str, dict]":
         vary("best of 13 ranges, rounds 0", search="thirteen", rounds=0)
         for n in (1, 2, 3, 6):
             vary(f"rounds {n}", rounds=n)
+        vary("rounds without weights", weighted=False)
         vary("least squares throughout", token="least", channel="least")
         vary("channels by least squares", channel="least")
         vary("key channels by spread", channel="spread", sides="k")

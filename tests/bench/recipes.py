@@ -37,6 +37,7 @@ class Recipe:
     channel: str = ""         # stored scales: least (squares), unbiased, spread; "" = unbiased for keys, spread for values
     token: str = ""           # none, least, unbiased, length; "" = unbiased for keys, length for values
     axis: str = "channel"     # what scale and zero belong to; paper: "token" for values
+    weighted: bool = True     # least squares over what the tile holds; else over rows divided by their token scale
     G: int = 128
     meta: str = "f16"         # f16; e8 = scale and zero with 8 bits (5 exponent, 3 mantissa)
     centre: bool = False      # store mid instead of the value of code 0
@@ -90,8 +91,10 @@ def codes(y, tok, scale, mid, L):
     return xp.where(ok, xp.rint(((y/xp.where(tok > 0, tok, 1) - mid)/xp.where(scale > 0, scale, 1) + L/2).clip(0, L)), 0)
 
 
-def fit(y, tok, q):
+def fit(y, tok, q, weighted=True):
     """Least squares over tokens for q = code - L/2: scale, mid [n, 1, D] and what the scale takes off the squared error."""
+    if not weighted:
+        y, tok = y/xp.where(tok > 0, tok, 1), (tok > 0).astype(y.dtype)
     c = q*tok
     cc, cw, cy, wy = (a.sum(1, keepdims=True) for a in (c*c, c*tok, c*y, tok*y))
     ww = (tok*tok).sum(1, keepdims=True)
@@ -130,14 +133,14 @@ def seal(x, r: Recipe, side: str):
         best = xp.full_like(lo, -1)
         for share in THREE[r.bits] if r.search == "three" else SWEEP:
             q = codes(y, tok, (hi - lo)*(share/L), (hi + lo)/2, L) - L/2
-            s, m, gain = fit(y, tok, q)
+            s, m, gain = fit(y, tok, q, r.weighted)
             better = gain > best
             best, scale, mid = xp.where(better, gain, best), xp.where(better, s, scale), xp.where(better, m, mid)
     for _ in range(r.rounds):
         q = codes(y, tok, scale, mid, L) - L/2
         v = q*scale + mid
         tok = ratio((y*v).sum(2, keepdims=True), (v*v).sum(2, keepdims=True))
-        scale, mid, _ = fit(y, tok, q)
+        scale, mid, _ = fit(y, tok, q, r.weighted)
     stored, inner = scale, mid
     if r.rounds:
         q = codes(y, tok, scale, mid, L) - L/2
