@@ -1,4 +1,4 @@
-"""test_cuda.py - the CUDA kernels compile for every architecture without warnings or spills, and compute the right thing on the CPU.
+"""test_cuda.py - the CUDA kernels compile for every architecture without warnings, and are right where the CPU runs them.
 
 No device is needed: tests/cuda/on-cpu.h runs the kernels' own source with a fiber per thread. What only a device can say (speed,
 races, the PTX in kvarn-mma.cuh) is said by cuda/bench on one.
@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from kernel_requests import patched_tree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,19 +74,30 @@ def test_glue_compiles_in_the_patched_tree(tmp_path):
         "-c", CUDA / "kvarn-cuda-ggml.cu", "-o", tmp_path / "glue.o")
 
 
-@pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory) -> "dict[str, Path]":
-    """The standalone checks of cuda/bench, compiled for the CPU."""
-    folder, include = tmp_path_factory.mktemp("cuda"), toolkit() / "include"
-    flags = ["-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fno-strict-aliasing", "-Wno-unknown-pragmas",
-             "-include", ROOT / "tests/cuda/on-cpu.h", f"-I{include}", f"-I{ROOT}/ggml-kvarn", f"-I{CUDA}", "-c"]
-    sources = [*KERNELS, *sorted((CUDA / "bench").glob("*.cu")), ROOT / "tests/cuda/on-cpu.cpp"]
+def compile_for_cpu(sources: "list[Path]", folder: Path, *flags) -> "list[Path]":
+    """Objects of CUDA sources, for the CPU."""
+    flags = ["-std=c++17", "-O2", "-fPIC", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fno-strict-aliasing",
+             "-Wno-unknown-pragmas", "-include", ROOT / "tests/cuda/on-cpu.h", f"-I{toolkit()}/include", f"-I{ROOT}/ggml-kvarn",
+             f"-I{CUDA}", *flags, "-c"]
+    objects = [folder / f"{path.stem}.o" for path in sources]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda path: run("g++", *flags, "-x", "c++", path, "-o", folder / f"{path.stem}.o"), sources))
+        list(pool.map(lambda pair: run("g++", *flags, "-x", "c++", pair[0], "-o", pair[1]), zip(sources, objects)))
+    return objects
+
+
+@pytest.fixture(scope="module")
+def kernels_on_cpu(tmp_path_factory) -> "list[Path]":
+    return compile_for_cpu([*KERNELS, ROOT / "tests/cuda/on-cpu.cpp"], tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.fixture(scope="module")
+def on_cpu(kernels_on_cpu, tmp_path_factory) -> "dict[str, Path]":
+    """The standalone checks of cuda/bench, compiled for the CPU."""
+    folder = tmp_path_factory.mktemp("cuda")
+    compile_for_cpu(sorted((CUDA / "bench").glob("*.cu")), folder)
     run("gcc", "-O2", "-ffp-contract=off", f"-I{ROOT}/ggml-kvarn", "-c", ROOT / "ggml-kvarn/kvarn-ref.c", "-o", folder / "ref.o")
-    common = [folder / f"{path.stem}.o" for path in KERNELS] + [folder / "on-cpu.o", folder / "ref.o"]
     for name in ("bench-attn", "bench-seal"):
-        run("g++", "-o", folder / name, folder / f"{name}.o", *common)
+        run("g++", "-o", folder / name, folder / f"{name}.o", *kernels_on_cpu, folder / "ref.o")
     return {name: folder / name for name in ("bench-attn", "bench-seal")}
 
 
@@ -95,3 +107,20 @@ def test_attention_on_the_cpu_agrees_with_float64(on_cpu):
 
 def test_seal_and_get_on_the_cpu_give_the_bytes_of_the_reference(on_cpu):
     assert " 0 failed" in run(on_cpu["bench-seal"], "check", timeout=600)
+
+
+# of kvarn-backend-ops.h: a head size in full, group sizes, rows, an f16 cache beside tiles, sinks, ALiBi, soft cap
+UPSTREAM_CASES = "D=64,|D_k=64,D_v=64,gqa=[1237],.*n_used=[125],|bits_[kv]=0|bits_k=3.*(sinks=1|max_bias=8|softcap=1)|rows=[25]"
+
+
+@pytest.mark.upstream
+def test_glue_passes_upstreams_test(kernels_on_cpu, tmp_path, test_bin_dir):
+    """GGML_OP_KVARN on a backend made of our glue and kernels, against the CPU backend: tensors, strides, slots, streams."""
+    tree = patched_tree() / "ggml"
+    glue = compile_for_cpu([CUDA / "kvarn-cuda-ggml.cu", ROOT / "tests/cuda/backend-ggml.cpp"], tmp_path,
+                           f"-I{ROOT}/tests/cuda/stubs", f"-I{tree}/include", f"-I{tree}/src")
+    library = tmp_path / "libptx.so"
+    run("g++", "-shared", "-o", library, *glue, *kernels_on_cpu)
+    said = run(test_bin_dir / "test-backend-ops", "test", "-b", "PTX", "-o", "KVARN", "-p", UPSTREAM_CASES,
+               env={**os.environ, "GGML_BACKEND_PATH": str(library), "KVARN_CPU": "portable"})
+    assert "not supported" not in said and said.count("KVARN(") >= 30, said[-2000:]
