@@ -118,7 +118,7 @@ def test_glue_passes_upstreams_test(kernels_on_cpu, tmp_path, test_bin_dir):
     """GGML_OP_KVARN on a backend made of our glue and kernels, against the CPU backend: tensors, strides, slots, streams."""
     tree = patched_tree() / "ggml"
     glue = compile_for_cpu([CUDA / "kvarn-cuda-ggml.cu", ROOT / "tests/cuda/backend-ggml.cpp"], tmp_path,
-                           f"-I{ROOT}/tests/cuda/stubs", f"-I{tree}/include", f"-I{tree}/src")
+                           f"-I{ROOT}/tests/cuda/stubs", f"-I{tree}/include", f"-I{tree}/src", "-include", "ggml-impl.h")
     library = tmp_path / "libptx.so"
     run("g++", "-shared", "-o", library, *glue, *kernels_on_cpu)
     said = run(test_bin_dir / "test-backend-ops", "test", "-b", "PTX", "-o", "KVARN", "-p", UPSTREAM_CASES,

@@ -1,10 +1,8 @@
-// common.cuh - as much of ggml-cuda's common.cuh as kvarn-cuda-ggml.cu uses, for a device that is the CPU.
+// common.cuh - as much of ggml-cuda's common.cuh as kvarn-cuda-ggml.cu uses, for a device that is the CPU; after ggml-impl.h.
 //
 // SPDX-License-Identifier: MIT
 
 #pragma once
-
-#include "ggml-impl.h"
 
 #define GGML_CUDA_CC_TURING 750
 
