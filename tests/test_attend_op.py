@@ -25,8 +25,8 @@ GARBAGE = 3e4  # what stands in rows that hold no token
 SETS = ("avx2", "avx2-fast", "avx512", "avx512-fast", "neon", "neon-fast", "dotprod", "dotprod-fast", "i8mm", "i8mm-fast")
 
 # What is allowed: rms error over rms of the float64 output, over a whole case.
-# Portable kernels compute in f32. The default ones round q*scale and p*token to 15 bits, at a quarter of a percent of the quantizer's
-# own error. The fast mode rounds them to 8 bits: an error of q grows with the scores, one of p counts where attention is flat.
+# Portable kernels compute in f32. The default ones round q*scale and p*token to 15 bits: less than a hundredth of the quantizer's own
+# error. The fast mode rounds them to 8 bits: an error of q grows with the scores, one of p counts where attention is flat.
 PORTABLE_ERROR = 1e-5
 DEFAULT_ERROR = 5e-4
 FAST_ERROR = 4e-2  # times the standard deviation of the scores where that is above 1
