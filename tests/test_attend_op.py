@@ -25,8 +25,8 @@ GARBAGE = 3e4  # what stands in rows that hold no token
 SETS = ("avx2", "avx2-fast", "avx512", "avx512-fast", "neon", "neon-fast", "dotprod", "dotprod-fast", "i8mm", "i8mm-fast")
 
 # What is allowed: rms error over rms of the float64 output, over a whole case.
-# Portable kernels compute in f32. The default ones round q*scale and p*token to 15 bits: less than a hundredth of the quantizer's own
-# error. The fast mode rounds them to 8 bits: an error of q grows with the scores, one of p counts where attention is flat.
+# Portable kernels compute in f32. The default ones round q*scale and p*token to 15 bits: less than a hundredth of the quantizer's
+# own error. The fast mode rounds them to 8 bits: an error of q grows with the scores, one of p counts where attention is flat.
 PORTABLE_ERROR = 1e-5
 DEFAULT_ERROR = 5e-4
 FAST_ERROR = 4e-2  # times the standard deviation of the scores where that is above 1
@@ -389,7 +389,8 @@ CASES = {
     ],
     "query heads per KV head": [Case(bits=(3, 3), D=(64, 64), gqa=gqa, rows=1) for gqa in (1, 2, 3, 7, 8, 16)],
     "query rows": [Case(gqa=3, rows=rows) for rows in (1, 5, ROWS_MAX, ROWS_MAX + 1, 70)]
-    + [Case(H=1, gqa=16, rows=ROWS_MAX, tiles=3), Case(bits=(0, 3), gqa=1, rows=131, tiles=3), Case(H=1, gqa=70, rows=33, tiles=2)],
+    + [Case(H=1, gqa=16, rows=ROWS_MAX, tiles=3), Case(bits=(0, 3), gqa=1, rows=131, tiles=3)]
+    + [Case(H=1, gqa=70, rows=33, tiles=2)],
     "mask": [Case(mask=mask, rows=5, tiles=17, H=1) for mask in ("all", "hidden tiles", "blind rows", "window", "one token")],
     "bias": [Case(bias=8.0, gqa=gqa, H=H, D=(64, 64)) for gqa, H in ((1, 8), (1, 3), (3, 4), (7, 1))],
     "softcap": [Case(softcap=30.0, bits=(2, 3)), Case(softcap=2.0, sharp=4.0), Case(softcap=30.0, bits=(0, 3))],
