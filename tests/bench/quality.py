@@ -89,7 +89,8 @@ def ablation(data) -> str:
         if model != "text" or not recipe.startswith("kvarn2 ") or "tail" in recipe or "sink" in recipe:
             continue
         tasks = data.get(("tasks", recipe))
-        line = [recipe.removeprefix("kvarn2 "), *([total(tasks, "wrong_tokens"), total(tasks, "exact")] if tasks else ["not run"]*2)]
+        judged = [total(tasks, "wrong_tokens"), total(tasks, "exact")] if tasks else ["not run"]*2
+        line = [recipe.removeprefix("kvarn2 "), *judged]
         for other in ("text", "outliers"):
             whole, each = ratio(data, recipe, "kvarn2", other, "kld_mean")
             line.append(f"{whole:.2f} ({min(each):.2f} to {max(each):.2f})")
