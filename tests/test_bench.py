@@ -16,20 +16,20 @@ QUICK = ["--caches", "f16,kvarn4/kvarn2", "--threads", "1", "--tokens", "2", "--
 
 
 def open_context(path: str, cache: str, depth: int):
-    import llama_session
-    from kvarn import bench
+    from kvarn.context import Model
+    from kvarn.depth import FilledContext
 
-    return bench.Context(llama_session.llama_cpp, llama_session.LIBRARY, llama_session.model(path), cache, depth, 64, 128)
+    return FilledContext(Model(path), cache, depth, 64, 128)
 
 
 @pytest.mark.parametrize("cache", ["f16", "q8_0", "kvarn2", "kvarn4/kvarn3", "kvarn4/f16", "q8_0/kvarn2"])
 def test_grown_state_is_what_the_library_saves(tiny, cache):
     """The library takes the state, counts its tokens, saves the same bytes again, and decodes on."""
     import llama_session
-    from kvarn import bench
+    from kvarn.depth import TAIL, G, filled_depth
 
-    depth = bench.filled_depth(20*bench.G)
-    assert depth == 19*bench.G + bench.TAIL
+    depth = filled_depth(20*G)
+    assert depth == 19*G + TAIL
     context = open_context(tiny(), cache, depth)
     llama_cpp = llama_session.llama_cpp
     assert llama_cpp.llama_memory_seq_pos_max(context.memory, 0) == depth - 1
@@ -37,23 +37,23 @@ def test_grown_state_is_what_the_library_saves(tiny, cache):
     data = (llama_session.ctypes.c_uint8*size)()
     assert llama_cpp.llama_state_seq_get_data(context.handle, data, size, 0) == size
     assert bytes(data) == context.state
-    context.decode(40)
+    context.run(40)
     assert llama_cpp.llama_memory_seq_pos_max(context.memory, 0) == depth + 39
     context.close()
 
 
 def test_grown_tiles_hold_the_repeated_prompt(tiny):
     """Growing to the length it already has changes nothing; a longer one has whole tiles more."""
-    from kvarn import bench
+    from kvarn.depth import SEED_TILES, TAIL, G, grow
 
-    seed = bench.SEED_TILES*bench.G + bench.TAIL
+    seed = SEED_TILES*G + TAIL
     context = open_context(tiny(), "kvarn3", seed)
-    assert bench.grow(context.state, seed) == context.state
+    assert grow(context.state, seed) == context.state
     tile = 2*2*2*(128*128*3//8 + 4*128 + 2*128)  # two layers, sides and heads
-    more = bench.SEED_TILES*(tile + 20) + bench.SEED_TILES*bench.G*12
-    assert len(bench.grow(context.state, seed + bench.SEED_TILES*bench.G)) == len(context.state) + more
+    more = SEED_TILES*(tile + 20) + SEED_TILES*G*12
+    assert len(grow(context.state, seed + SEED_TILES*G)) == len(context.state) + more
     with pytest.raises(ValueError, match="is not a multiple"):
-        bench.grow(context.state, seed + 1)
+        grow(context.state, seed + 1)
     context.close()
 
 

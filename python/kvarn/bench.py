@@ -6,13 +6,11 @@ does hits them alike; a figure is the median of its turns, the range is that of 
 """
 
 import csv
-import ctypes
 import json
 import os
 import platform
 import re
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -23,9 +21,6 @@ from typing import NamedTuple
 from . import kvtype
 from .progress import Bar
 
-G = 128                 # tokens per tile
-TAIL = 64               # tokens of the filled cache that are not in a tile: half of one, the average
-SEED_TILES = 4          # tiles of the prompt that is repeated
 SLOW_PROMPT = 20.0      # seconds of a prefill turn that is not repeated
 CACHES = "f16,q8_0,q4_0,kvarn2,kvarn4/kvarn2"
 FIELDS = ("threads", "depth", "cache", "decode_tok_s", "decode_min", "decode_max", "prefill_tok_s", "prefill_min", "prefill_max",
@@ -128,186 +123,24 @@ def write_model(path: Path, n_layer: int = 4, n_head: int = 16, n_head_kv: int =
     return path
 
 
-# --- states of one sequence, made longer ---
+# --- turns ---
 
 
-class Reader:
-    def __init__(self, data: bytes):
-        self.data, self.at = data, 0
-
-    def take(self, n: int) -> bytes:
-        if self.at + n > len(self.data):
-            raise ValueError("the saved state is shorter than its own numbers say")
-        self.at += n
-        return self.data[self.at - n:self.at]
-
-    def unpack(self, form: str) -> tuple:
-        return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))
-
-
-def repeated(block: bytes, unit: int, n: int) -> bytes:
-    """The first n of the units that block holds, over and over."""
-    have = len(block)//unit
-    return block*(n//have) + block[:n % have*unit]
-
-
-def grow(state: bytes, depth: int) -> bytes:
-    """The state of a sequence that holds a short prompt, with `depth` tokens."""
-    read = Reader(state)
-    head = read.take(8)
-    if read.data[read.at:read.at + 4] == b"KVRN":
-        return head + grow_tiles(read, depth)
-    return head + grow_rows(read, depth)
-
-
-def grow_rows(read: Reader, depth: int) -> bytes:
-    """llama.cpp's own state: one row per token, layer and side."""
-    n_stream, cells = read.unpack("II")
-    first = read.unpack("iIi")
-    if n_stream != 1 or first != (0, 1, 0):
-        raise ValueError("this model's cache cannot be filled without prefilling: its state has an unknown form")
-    read.take(12*(cells - 1))
-    is_transposed, n_layer = read.unpack("II")
-    if is_transposed:
-        raise ValueError("values are stored transposed; flash attention is needed")
-    out = [struct.pack("<II", 1, depth), b"".join(struct.pack("<iIi", i, 1, 0) for i in range(depth)),
-           struct.pack("<II", 0, n_layer)]
-    for _ in range(2*n_layer):
-        kind, row = read.unpack("iQ")
-        out += [struct.pack("<iQ", kind, row), repeated(read.take(row*cells), row, depth)]
-    return b"".join([*out, read.data[read.at:]])
-
-
-def fnv1a(data: bytes) -> int:
-    value = 0xcbf29ce484222325
-    for byte in data:
-        value = (value ^ byte)*0x100000001b3 & 0xffffffffffffffff
-    return value
-
-
-def row_bytes(name: str, values: int) -> int:
-    """Bytes of a row of a cache type that stores rows."""
-    from .llama import bits_of
-
-    return int(values*bits_of(name)/8)
-
-
-def grow_tiles(read: Reader, depth: int) -> bytes:
-    """A kvarn cache's state (ggml-kvarn/kvarn-cache-state.cpp): per side and layer the sealed tiles, then the open one's rows."""
-    magic, n_text = read.unpack("II")
-    text = read.take(n_text)
-    n_stream, size, _ = read.unpack("IQQ")
-    record = Reader(read.take(size))
-    n_sealed, n_open = record.unpack("II")
-    for _ in range(n_sealed):
-        record.unpack("iQQ")
-    if n_stream != 1 or n_open != 1 or not n_sealed:
-        raise ValueError("the prompt to repeat must fill some tiles and open one")
-    _, n_rows = record.unpack("iI")
-    tiles = (depth - n_rows)//G
-    n_rows_new = depth - tiles*G
-    if n_rows_new != n_rows:
-        raise ValueError(f"depth {depth} is not a multiple of {G} plus {n_rows}")
-    full = (1 << 64) - 1
-    new = struct.pack("<II", tiles, 1) + struct.pack("<iQQ", 0, full, full)*tiles + struct.pack("<iI", 0, n_rows)
-    new += b"".join(struct.pack("<iIi", i, 1, 0) for i in range(depth))
-    out = [struct.pack("<II", magic, n_text), text, struct.pack("<IQQ", 1, len(new), fnv1a(new)), new]
-    for side in text.decode().split("; ")[1:]:
-        name, bits = side.split()[1], re.search(r"\((\d+) bits", side)
-        for heads, channels in re.findall(r" (\d+)x(\d+)", side):
-            heads, D = int(heads), int(channels)
-            row = 2*heads*D if bits else row_bytes(name, heads*D)
-            tile = (D*G*int(bits.group(1))//8 + 4*D + 2*G)*heads if bits else G*row
-            out += [repeated(read.take(tile*n_sealed), tile, tiles), read.take(row*n_rows)]
-    return b"".join([*out, read.data[read.at:]])
-
-
-# --- contexts ---
-
-
-class Context:
-    """One cache of one model, with its depth filled."""
-
-    def __init__(self, llama_cpp, library, model, cache: str, depth: int, room: int, n_batch: int):
-        from .llama import CapturedLog, read_size
-
-        self.llama_cpp, self.cache = llama_cpp, cache
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = (max(depth, SEED_TILES*G + TAIL) + room + 255)//256*256
-        params.n_batch = params.n_ubatch = n_batch
-        params.type_k, params.type_v = (library.types[name] for name in kvtype.parse(cache))
-        params.flash_attn_type = 1
-        with CapturedLog(False) as log:
-            self.handle = llama_cpp.llama_init_from_model(model, params)
-        if not self.handle:
-            raise RuntimeError(f"no context with cache {cache}: {log.reason()}")
-        self.mib = read_size(log.lines).mib
-        self.memory = llama_cpp.llama_get_memory(self.handle)
-        self.n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-        self.n_batch = n_batch
-        self.state = self.fill(depth)
-
-    def decode(self, n: int) -> None:
-        """n more tokens, at most one batch."""
-        tokens = (self.llama_cpp.llama_token*n)(*((7*i + 11) % (self.n_vocab - 8) + 4 for i in range(n)))
-        status = self.llama_cpp.llama_decode(self.handle, self.llama_cpp.llama_batch_get_one(tokens, n))
-        if status:
-            raise RuntimeError(f"llama_decode returned {status} with cache {self.cache}")
-        self.llama_cpp.llama_synchronize(self.handle)
-
-    def fill(self, depth: int) -> "bytes | None":
-        """Fills the cache; returns the state to come back to, None for an empty cache."""
-        prompt = min(depth, SEED_TILES*G + TAIL)
-        for start in range(0, prompt, self.n_batch):
-            self.decode(min(self.n_batch, prompt - start))
-        if not depth:
-            return None
-        size = self.llama_cpp.llama_state_seq_get_size(self.handle, 0)
-        data = (ctypes.c_uint8*size)()
-        size = self.llama_cpp.llama_state_seq_get_data(self.handle, data, size, 0)
-        state = bytes(data)[:size]
-        if prompt < depth:
-            state = grow(state, depth)
-            self.load(state)
-        return state
-
-    def load(self, state: "bytes | None") -> None:
-        from .log import CapturedLog
-
-        self.llama_cpp.llama_memory_clear(self.memory, True)
-        if state is not None:
-            data = (ctypes.c_uint8*len(state)).from_buffer_copy(state)
-            with CapturedLog(False) as log:
-                if self.llama_cpp.llama_state_seq_set_data(self.handle, data, len(state), 0) != len(state):
-                    raise RuntimeError(f"cache {self.cache} cannot be filled: {log.reason() or 'its state was refused'}")
-
-    def set_threads(self, n: int) -> None:
-        self.llama_cpp.llama_set_n_threads(self.handle, n, n)
-
-    def close(self) -> None:
-        self.llama_cpp.llama_free(self.handle)
-
-
-def filled_depth(depth: int) -> int:
-    """Tokens to fill for a depth: a short one is a real prompt, a long one ends in the middle of a tile."""
-    return depth if depth <= SEED_TILES*G + TAIL else (depth - TAIL)//G*G + TAIL
-
-
-def decode_turn(context: Context, n: int, seconds: float, clock) -> float:
+def decode_turn(context, n: int, seconds: float, clock) -> float:
     """Tokens per second of up to n tokens, one by one."""
     started = clock()
     for i in range(1, n + 1):
-        context.decode(1)
+        context.run(1)
         if clock() - started > seconds:
             break
     return i/(clock() - started)
 
 
-def prefill_turn(context: Context, n: int, clock) -> float:
+def prefill_turn(context, n: int, clock) -> float:
     """Tokens per second of one batch at the filled depth; the cache is as before afterwards."""
     context.load(context.state)
     started = clock()
-    context.decode(n)
+    context.run(n)
     taken = clock() - started
     context.load(context.state)
     return n/taken
@@ -319,44 +152,40 @@ def spread(speeds: "list[float]") -> "tuple[float | None, float | None, float | 
 
 def measure(args, caches: "list[str]", depths: "list[int]", threads: "list[int]", prompt_depths: "set[int]",
             path: str) -> "list[Row]":
-    from .llama import LIBRARY, CapturedLog, llama_cpp
+    from .context import Model
+    from .depth import FilledContext
 
-    params = llama_cpp.llama_model_default_params()
-    params.n_gpu_layers = 0
-    with CapturedLog(False) as log:
-        model = llama_cpp.llama_model_load_from_file(path.encode(), params)
-        if not model:
-            raise RuntimeError(f"cannot load {path}: {log.reason()}")
-        rows, bar = [], Bar("bench")
-        total = len(depths)*len(caches)*(1 + len(threads))
-        room = len(threads)*(args.rounds*args.tokens + 2) + args.prompt + 8
-        for depth in depths:
-            contexts = []
-            try:
-                for cache in caches:
-                    bar.show(1.5*len(rows)/total, f"depth {depth}: filling {cache}")
-                    contexts.append(Context(llama_cpp, LIBRARY, model, cache, filled_depth(depth), room, max(args.prompt, 512)))
-                for n_threads in threads:
-                    label = f"depth {depth}, {n_threads} threads:"
-                    n_turns = args.prompt_rounds if args.prompt and depth in prompt_depths else 0
-                    rows += measure_depth(args, contexts, depth, n_threads, n_turns,
-                                          lambda text: bar.show(1.5*len(rows)/total, f"{label} {text}"))
-            finally:
-                for context in contexts:
-                    context.close()
-        bar.close()
-        llama_cpp.llama_model_free(model)
+    model = Model(path, gpu_layers=0)
+    rows, bar = [], Bar("bench")
+    total = len(depths)*len(caches)*(1 + len(threads))
+    room = len(threads)*(args.rounds*args.tokens + 2) + args.prompt + 8
+    for depth in depths:
+        contexts = []
+        try:
+            for cache in caches:
+                bar.show(1.5*len(rows)/total, f"depth {depth}: filling {cache}")
+                contexts.append(FilledContext(model, cache, depth, room, max(args.prompt, 512)))
+            for n_threads in threads:
+                label = f"depth {depth}, {n_threads} threads:"
+                n_turns = args.prompt_rounds if args.prompt and depth in prompt_depths else 0
+                rows += measure_depth(args, contexts, depth, n_threads, n_turns,
+                                      lambda text: bar.show(1.5*len(rows)/total, f"{label} {text}"))
+        finally:
+            for context in contexts:
+                context.close()
+    bar.close()
+    model.close()
     return rows
 
 
-def measure_depth(args, contexts: "list[Context]", depth: int, n_threads: int, n_prompt_turns: int, show) -> "list[Row]":
+def measure_depth(args, contexts, depth: int, n_threads: int, n_prompt_turns: int, show) -> "list[Row]":
     """All caches in turns."""
     clock = time.process_time if args.cpu_time else time.perf_counter
     decode, prefill = ([[] for _ in contexts] for _ in range(2))
     for context in contexts:
         context.set_threads(n_threads)
         context.load(context.state)
-        context.decode(1)
+        context.run(1)
     for turn in range(args.rounds):
         for context, speeds in zip(contexts, decode):
             show(f"decode {turn + 1}/{args.rounds} {context.cache}")
@@ -367,7 +196,7 @@ def measure_depth(args, contexts: "list[Context]", depth: int, n_threads: int, n
                 show(f"prefill {turn + 1}/{n_prompt_turns} {context.cache}")
                 speeds.append(prefill_turn(context, args.prompt, clock))
     return [Row(n_threads, depth, kvtype.label(*kvtype.parse(context.cache)), *spread(decode[i]), *spread(prefill[i]),
-                context.mib, args.rounds) for i, context in enumerate(contexts)]
+                context.size.mib, args.rounds) for i, context in enumerate(contexts)]
 
 
 # --- output ---
