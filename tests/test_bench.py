@@ -91,7 +91,7 @@ def test_default_model_is_written_and_decodes(tmp_path):
 
     path = bench.write_model(tmp_path/"small.gguf", n_layer=1, n_head=2, n_head_kv=1, n_embd=64, n_ff=64)
     context = open_context(str(path), "kvarn2", 30)
-    context.decode(2)
+    context.run(2)
     context.close()
 
 
@@ -101,7 +101,7 @@ def test_default_model_is_written_and_decodes(tmp_path):
     (["--threads", "0"], "kvarn: --threads 0: give whole numbers from 1 on, separated by commas"),
     (["--cpu-time"], "kvarn: --cpu-time counts what all threads use, waiting included; add --threads 1"),
     (["--tokens", "0"], "kvarn: --tokens and --rounds must be 1 or more"),
-    (["--model", "no-such.gguf"], "kvarn: cannot load no-such.gguf"),
+    (["--model", "no-such.gguf"], "kvarn: no model at no-such.gguf"),
 ])
 def test_errors_are_one_line(capsys, words, said):
     from kvarn import cli
