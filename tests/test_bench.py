@@ -63,7 +63,9 @@ def test_report(tiny, tmp_path, capsys):
     path = tmp_path/"bench.csv"
     words = ["bench", "--model", tiny(), "--depths", f"0,{DEPTH}", "--prompt-depths", "0", "--csv", str(path), *QUICK]
     assert cli.main(words) == 0
-    said = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    said = out.splitlines()
+    assert all(line.startswith("bench ") for line in err.splitlines()), err  # progress, nothing of llama.cpp's own
     assert said[0].split()[:3] == ["threads", "depth", "cache"] and len(said) == 1 + 4 + 2
     assert said[1].split()[:3] == ["1", "0", "f16"] and "1.00x" in said[1]
     text = path.read_text().splitlines()

@@ -159,4 +159,5 @@ class Context:
 
     def close(self) -> None:
         api.llama_batch_free(self.batch)
-        api.llama_free(self.handle)
+        with CapturedLog(False):
+            api.llama_free(self.handle)

@@ -155,4 +155,5 @@ class FilledContext(Context):
                     raise RuntimeError(f"cache {self.cache} cannot be filled: {log.reason() or 'its state was refused'}")
 
     def set_threads(self, n: int) -> None:
-        api.llama_set_n_threads(self.handle, n, n)
+        with CapturedLog(False):
+            api.llama_set_n_threads(self.handle, n, n)
