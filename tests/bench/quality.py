@@ -1,4 +1,4 @@
-"""quality.py - what ablation.csv says: the tables of docs/quality.md and README.md, the figures, and the claims with their bars.
+"""quality.py - what the results say: the tables of docs/quality.md and README.md, the figures, and the claims with their bars.
 
     python tests/bench/quality.py          # writes both texts between their marks and the figures; a test compares them
 
@@ -7,10 +7,17 @@ SPDX-License-Identifier: MIT
 
 import csv
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT/"python"))
+
+from kvarn import report  # noqa: E402
+
 RESULTS = ROOT/"tests/bench/results/ablation.csv"
+EVAL = ROOT/"tests/bench/results/eval-tasks.csv"
+DEPTH = ROOT/"tests/bench/results/eval-tasks-depth.csv"
 MODELS = ("tasks", "text", "outliers")
 COLORS = {"kvarn": "#c23b4e", "paper": "#2f6fa8", "q": "#777777"}
 
@@ -37,6 +44,20 @@ def load(path=RESULTS) -> "dict[tuple[str, str], list[dict]]":
             numbers = {name: float(value) for name, value in row.items() if name not in ("model", "recipe") and value}
             table.setdefault((row["model"], row["recipe"]), []).append(numbers)
     return table
+
+
+def typed(path) -> "list[dict]":
+    """Rows of a CSV of kvarn eval, numbers as numbers, as report.py takes them."""
+    def value(text):
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                pass
+        return text
+
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{name: value(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
 
 
 def mean(rows, field) -> float:
@@ -151,6 +172,7 @@ def texts(data) -> "dict[str, str]":
         "scope": f"{seeds} seeds; judged predictions: " + ", ".join(f"{model} {tokens[model]}" for model in MODELS) + ".",
         "claims": claims(data), "no_worse": no_worse(data), "headline": headline(data), "tail": headline(data, " tail 128"),
         "ablation": ablation(data), "exact": exact_tokens(data), "quality": summary(data),
+        "library": report.markdown(typed(EVAL)),
     }
 
 
@@ -215,6 +237,7 @@ def main() -> None:
         path.write_text(filled(path.read_text(encoding="utf-8"), parts), encoding="utf-8")
     plot_size(data, ROOT/"docs/quality-size.png")
     plot_ablation(data, ROOT/"docs/quality-ablation.png")
+    report.plot_depth(ROOT/"docs/quality-depth.png", typed(DEPTH))
 
 
 if __name__ == "__main__":
