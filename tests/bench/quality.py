@@ -106,13 +106,16 @@ def headline(data, tail="") -> str:
 def ablation(data) -> str:
     """Every variant of kvarn2 against kvarn2."""
     body = []
-    for model, recipe in data:
-        if model != "text" or not recipe.startswith("kvarn2 ") or "tail" in recipe or "sink" in recipe:
+    for recipe in dict.fromkeys(recipe for _, recipe in data):
+        if not recipe.startswith("kvarn2 ") or "tail" in recipe or "sink" in recipe:
             continue
         tasks = data.get(("tasks", recipe))
         judged = [total(tasks, "wrong_tokens"), total(tasks, "exact")] if tasks else ["not run"]*2
         line = [recipe.removeprefix("kvarn2 "), *judged]
         for other in ("text", "outliers"):
+            if (other, recipe) not in data:
+                line.append("not run")
+                continue
             whole, each = ratio(data, recipe, "kvarn2", other, "kld_mean")
             line.append(f"{whole:.2f} ({min(each):.2f} to {max(each):.2f})")
         body.append(line)
