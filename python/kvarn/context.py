@@ -36,15 +36,18 @@ def _ggml():
 class AttentionTap:
     """Keeps the output of every attention block, after its output matrix: there it does not depend on how a cache rotates.
 
-    rows[layer] is f32 [tokens of the last decode, channels].
+    rows[layer] is f32 [tokens of the last decode, channels]. Copying them takes time: listening says whether it is wanted.
     """
 
     def __init__(self):
+        self.listening = True
         self.ggml = _ggml()
         self.rows: "dict[str, np.ndarray]" = {}
         self.callback = api.ggml_backend_sched_eval_callback(self._see)
 
     def _see(self, address, ask, _) -> bool:
+        if not self.listening:
+            return not ask
         tensor = Tensor.from_address(address)
         source = Tensor.from_address(tensor.src[0]) if tensor.src[0] else None
         if source is None or not source.name.startswith(b"blk.") or b".attn_output.weight" not in source.name:

@@ -163,8 +163,9 @@ def follow_text(plan: Plan, subjects: "list[Subject]", bar) -> None:
             skip = max(0, min(FIRST, plan.n_text//2) - start)
             reference, outputs = None, {}
             for subject in subjects:
+                subject.context.tap.listening = end - start > 1
                 logits = log_probabilities(subject.context.decode(chunk[start:end]))
-                rows = subject.context.tap.rows if subject.context.tap else {}
+                rows = subject.context.tap.rows
                 if reference is None:
                     reference, outputs = logits, {name: a.copy() for name, a in rows.items()}
                 if skip < end - start:
@@ -184,6 +185,7 @@ def write_freely(plan: Plan, subject: Subject, texts: "list[list[int]]", referen
     first = None
     for number, (prompt, most, judge) in enumerate(plan.prompts):
         context = subject.context
+        context.tap.listening = False
         context.clear()
         for start in range(0, len(prompt), BLOCK):
             part = prompt[start:start + BLOCK]
