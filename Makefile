@@ -41,7 +41,7 @@ check-tools:
 	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv .venv
 	echo "== python packages"
 	$(PIP) install -q -U pip
-	$(PIP) install -q "scikit-build-core>=0.10" ninja "cffi>=1.16" numpy "pytest>=8" gguf matplotlib pyyaml ruff
+	$(PIP) install -q "scikit-build-core>=0.10" ninja "cffi>=1.16" numpy "pytest>=8" gguf rich matplotlib pyyaml ruff mypy
 	archive="$$($(BIN)/python python/kvarn/upstream.py --sdist)"
 	echo "== llama-cpp-python, without libraries"
 	CMAKE_ARGS="-DLLAMA_BUILD=OFF" $(PIP) install -q --no-cache-dir --no-build-isolation "$$archive"

@@ -87,12 +87,12 @@ def test_refused_context_ends_with_one_reason(tiny, whole_log):
     assert "72" in done.stderr
 
 
-def test_run_and_env(lib_dir):
-    assert run(script("kvarn"), "run", "llama-bench", "--help").returncode == 0
+def test_tool_and_env(lib_dir):
+    assert run(script("kvarn"), "tool", "llama-bench", "--help").returncode == 0
     said = run(script("kvarn"), "env").stdout
     assert f"export LLAMA_CPP_LIB_PATH={lib_dir.resolve()}" in said and "export MTMD_CPP_LIB=" in said
     assert "kvarn 0." in run(script("kvarn"), "--version").stdout
-    wrong = run(script("kvarn"), "run", "llama-quantise")
+    wrong = run(script("kvarn"), "tool", "llama-quantise")
     assert wrong.returncode == 2 and "llama-bench" in wrong.stderr
 
 

@@ -12,7 +12,7 @@ import sys
 import gguf
 import numpy as np
 
-ARCHS = ("llama", "qwen3", "gemma3")
+ARCHS = ("llama", "qwen3", "gemma3", "mimo2")
 
 
 def byte_vocabulary():
@@ -24,12 +24,14 @@ def byte_vocabulary():
 
 def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_head: int = 4, n_head_kv: int = 2, n_embd: int = 64,
           n_ff: int = 128, n_ctx: int = 131072, window: int = 256, loud: float = 0.0, loud_tokens: int = 0,
-          gain: float = 2.0, seed: int = 1):
+          gain: float = 2.0, seed: int = 1, value_dim: int = 0, kv_heads: "tuple[int, ...]" = (),
+          chat_template: str = ""):
     """Writes a model to path and returns path.
 
-    window       sliding window of the odd layers (gemma3 only)
+    window       sliding window (gemma3, mimo2: of the first of two layers)
     loud         adds this to the gain of a few channels of the keys, as real models have them
     loud_tokens  so many bytes, from "0" on, share a direction that the keys amplify: tokens with keys a few times longer
+    value_dim    head size of the values, kv_heads: KV heads of each layer (mimo2 only)
     gain         of queries and keys: the larger, the more a query looks at few tokens
     """
     rng = np.random.default_rng(seed)
@@ -41,13 +43,20 @@ def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_he
     writer.add_block_count(n_layer)
     writer.add_feed_forward_length(n_ff)
     writer.add_head_count(n_head)
-    writer.add_head_count_kv(n_head_kv)
+    heads = list(kv_heads) or [n_head_kv]*n_layer
+    value_dim = value_dim or head_dim
+    writer.add_head_count_kv(heads if kv_heads else n_head_kv)
     writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    writer.add_value_length(value_dim)
     writer.add_rope_dimension_count(head_dim)
     writer.add_layer_norm_rms_eps(1e-6)
-    if arch == "gemma3":
+    if arch in ("gemma3", "mimo2"):
         writer.add_sliding_window(window)
+    if arch == "mimo2":
+        writer.add_sliding_window_pattern([layer % 2 == 0 for layer in range(n_layer)])
+        writer.add_expert_feed_forward_length(n_ff)
+    if chat_template:
+        writer.add_chat_template(chat_template)
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
@@ -84,13 +93,13 @@ def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_he
             for norm in ("attn_q_norm", "attn_k_norm"):
                 ones(block + norm, head_dim)
         matrix(block + "attn_q", n_head*head_dim, n_embd, gain=gain)
-        keys = rng.standard_normal((n_head_kv*head_dim, n_embd))*gain/np.sqrt(n_embd)
+        keys = rng.standard_normal((heads[layer]*head_dim, n_embd))*gain/np.sqrt(n_embd)
         keys[::head_dim//4] *= 1 + loud
         if loud_tokens:
-            keys += np.outer(rng.standard_normal(n_head_kv*head_dim), direction)*4*gain/n_embd
+            keys += np.outer(rng.standard_normal(heads[layer]*head_dim), direction)*4*gain/n_embd
         writer.add_tensor(block + "attn_k.weight", keys.astype(np.float16))
-        matrix(block + "attn_v", n_head_kv*head_dim, n_embd, gain=2.0)
-        matrix(block + "attn_output", n_embd, n_head*head_dim)
+        matrix(block + "attn_v", heads[layer]*value_dim, n_embd, gain=2.0)
+        matrix(block + "attn_output", n_embd, n_head*value_dim)
         matrix(block + "ffn_gate", n_ff, n_embd)
         matrix(block + "ffn_up", n_ff, n_embd)
         matrix(block + "ffn_down", n_embd, n_ff)

@@ -8,7 +8,6 @@ load(), lib_path(), bin_path(), codec, reference, embedded. SPDX-License-Identif
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 
 _FROM = {
     "Llama": "llama", "install": "llama",
@@ -22,6 +21,8 @@ __all__ = ["__version__", *_FROM, *_MODULES]
 
 def __getattr__(name: str):
     if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version  # slow to import, and rarely asked for
+
         try:
             return version("kvarn")
         except PackageNotFoundError:

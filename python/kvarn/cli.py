@@ -1,24 +1,52 @@
-"""Console scripts: `kvarn` with its subcommands, and llama-cli, llama-server, ... of this install.
+"""Console scripts: `kvarn` with its commands, and llama-cli, llama-server, ... of this install.
 
-    kvarn demo [--quick] [--model FILE]    the same problems with four caches, side by side
-    kvarn bench [--model FILE]             decode and prefill speed at depth
-    kvarn eval [MODEL]                     perplexity, KLD to f16 and long decodes with each cache type, as tables and plots
-    kvarn run TOOL ARGS...                 a bundled tool by name, where another llama.cpp is on PATH too
-    kvarn env                              two exports that make any llama-cpp-python use these libraries
-
-Nothing here needs llama-cpp-python, except demo, bench and eval. SPDX-License-Identifier: MIT
+A command is a module with HELP, EXAMPLE, add_arguments(parser) and run(args); only the module of the command at hand is imported,
+so that `kvarn --help` is instant. What a command raises becomes one line and an exit status. SPDX-License-Identifier: MIT
 """
 
 import argparse
+import importlib
 import os
-import shlex
-import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import kvarn
 
 TOOLS = ("llama-cli", "llama-server", "llama-bench", "llama-perplexity", "llama-completion", "llama-batched-bench")
+
+# command -> (module, what it is for)
+COMMANDS = {
+    "plan": ("plan", "the largest context that fits into a GPU's or the main memory, for every cache type"),
+    "demo": ("demo", "decode the same problems with f16, q4_0 and kvarn caches, and compare"),
+    "bench": ("bench", "decode and prefill speed at depth, cache types side by side"),
+    "eval": ("evaluation", "how far each cache type takes a model away from f16"),
+    "tool": ("", "run a bundled tool: " + ", ".join(TOOLS)),
+    "env": ("", "print the exports that make any llama-cpp-python use these libraries: eval \"$(kvarn env)\""),
+}
+
+EPILOG = """examples:
+  kvarn plan model.gguf --vram 24G        which cache type leaves room for how much context
+  kvarn plan --help                       every command explains itself
+
+exit status: 0 done, 1 refused or failed (one line says why), 2 wrong usage, 130 interrupted
+"""
+
+EXAMPLES = {
+    "demo": "example:\n  kvarn demo --quick\n  kvarn demo --model model.gguf --caches f16,kvarn",
+    "bench": "example:\n  kvarn bench --model model.gguf --depths 0,4096 --caches f16,q8_0,kvarn",
+    "eval": "example:\n  kvarn eval model.gguf --caches q8_0,kvarn4/kvarn2 --out report",
+    "tool": "example:\n  kvarn tool llama-bench -m model.gguf -ctk kvarn4 -ctv kvarn2 -fa 1",
+    "env": "example:\n  eval \"$(kvarn env)\" && python my_llama_cpp_program.py",
+}
+
+
+class Version(argparse.Action):
+    """--version; finding out takes longer than everything else that --help needs."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"kvarn {kvarn.__version__}")
+        parser.exit()
 
 
 def fail(text: str) -> int:
@@ -36,6 +64,8 @@ def execute(name: str, arguments: "list[str]") -> int:
     if not program.is_file():
         return fail(f"{folder} has no {name}; the tools of this install are {', '.join(TOOLS)}")
     if os.name == "nt":
+        import subprocess
+
         return subprocess.call([str(program), *arguments])
     try:
         os.execv(program, [name, *arguments])
@@ -49,40 +79,63 @@ def tool() -> int:
 
 
 def print_env() -> int:
-    try:
-        folder = shlex.quote(str(kvarn.lib_path().resolve()))
-    except ImportError as error:
-        return fail(str(error))
+    import shlex
+
+    folder = shlex.quote(str(kvarn.lib_path().resolve()))
     print(f"export LLAMA_CPP_LIB_PATH={folder}\nexport MTMD_CPP_LIB={folder}")
     return 0
 
 
-def main(argv: "list[str] | None" = None) -> int:
-    parser = argparse.ArgumentParser(prog="kvarn", description="KVarN key-value caches for llama.cpp.")
-    parser.add_argument("--version", action="version", version=f"kvarn {kvarn.__version__}")
+def command_module(name: str) -> Any:
+    """The module of a command; None for the ones that live here."""
+    module = COMMANDS[name][0]
+    return importlib.import_module(f"kvarn.{module}") if module else None
+
+
+def fill(command: argparse.ArgumentParser, name: str) -> None:
+    """Arguments and examples of one command."""
+    module = command_module(name)
+    command.epilog = getattr(module, "EXAMPLE", EXAMPLES.get(name, ""))
+    if name == "tool":
+        command.add_argument("tool", choices=TOOLS, metavar="TOOL", help="one of " + ", ".join(TOOLS))
+        command.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="of the tool")
+    elif module is not None:
+        module.add_arguments(command)
+
+
+def build_parser(wanted: "set[str] | None" = None) -> argparse.ArgumentParser:
+    """The parser; only the wanted commands get their arguments (None: all)."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="kvarn", epilog=EPILOG, formatter_class=raw,
+                                     description="KVarN key-value caches for llama.cpp: a context in a quarter of the memory.")
+    parser.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    demo = commands.add_parser("demo", help="decode the same problems with f16, q4_0 and kvarn caches, and compare")
-    run = commands.add_parser("run", help="run a bundled tool: " + ", ".join(TOOLS), add_help=False)
-    run.add_argument("tool", choices=TOOLS, metavar="TOOL")
-    run.add_argument("arguments", nargs=argparse.REMAINDER)
-    commands.add_parser("env", help="print the exports that make llama-cpp-python use these libraries: eval \"$(kvarn env)\"")
-    bench = commands.add_parser("bench", help="decode and prefill speed at depth, cache types side by side")
-    evaluation = commands.add_parser("eval", help="how far each cache type takes a model away from f16")
-    from . import bench as bench_module
-    from . import demo as demo_module
-    from . import evaluation as evaluation_module
-    demo_module.add_arguments(demo)
-    bench_module.add_arguments(bench)
-    evaluation_module.add_arguments(evaluation)
-    args = parser.parse_args(argv)
-    if args.command == "run":
-        return execute(args.tool, args.arguments)
-    if args.command == "env":
-        return print_env()
-    if args.command == "bench":
-        args.words = (sys.argv[1:] if argv is None else argv)[1:]
-        return bench_module.run(args)
-    return (evaluation_module if args.command == "eval" else demo_module).run(args)
+    for name, (_, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=raw)
+        if wanted is None or name in wanted:
+            fill(command, name)
+    return parser
+
+
+def main(argv: "list[str] | None" = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    name = next((word for word in words if not word.startswith("-")), "")
+    args = build_parser({name}).parse_args(words)
+    args.words = words[words.index(name) + 1:]
+    try:
+        if args.command == "tool":
+            return execute(args.tool, args.arguments)
+        if args.command == "env":
+            return print_env()
+        return int(command_module(args.command).run(args))
+    except KeyboardInterrupt:
+        print("\nkvarn: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # python flushes once more when it ends
+        return 1
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return fail(str(error).strip() or type(error).__name__)
 
 
 if __name__ == "__main__":

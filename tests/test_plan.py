@@ -1,0 +1,187 @@
+"""test_plan.py - kvarn plan: the sizes it promises are the ones that are allocated, and what fits is what it says.
+
+SPDX-License-Identifier: MIT
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from kvarn import cache_size, cli, gguf_header, model_shape, plan
+
+pytest.importorskip("gguf")
+
+MIB = 1 << 20
+# keys, values, n_ctx, n_ubatch, sequences, one cache for all
+CONTEXTS = [("f16", "f16", 4096, 512, 1, True), ("q8_0", "q4_0", 8192, 128, 3, True),
+            ("kvarn4", "kvarn2", 16384, 512, 1, True),
+            ("kvarn3", "f16", 2048, 256, 4, False), ("kvarn2", "kvarn2", 100, 64, 2, True),
+            ("iq4_nl", "kvarn4", 1000, 2048, 1, True)]
+# the rules that differ, one architecture each: windows of several kinds, hybrids of several kinds, MLA, a fixed window
+GENERATED = ["qwen35", "falcon-h1", "lfm2", "nemotron_h", "jamba", "llama4", "gpt-oss", "deepseek2", "minimax-01",
+             "cohere2moe", "kimi-linear", "exaone-moe", "mamba2"]
+
+
+def allocated(path: str, keys: str, values: str, n_ctx: int, n_ubatch: int, n_seq: int, unified: bool) -> "dict[str, float]":
+    """MiB by the library's own log."""
+    import llama_session
+    from kvarn.llama import read_size
+
+    with llama_session.Context(path, keys, values, n_ctx=n_ctx, n_ubatch=n_ubatch, n_batch=max(512, n_ubatch), n_seq=n_seq,
+                               unified=unified) as context:
+        log = context.creation_log
+    size = read_size(log)
+
+    def mib(form: str) -> float:
+        return sum(float(match.group(1)) for match in (re.search(form, line) for line in log) if match)
+
+    return {"keys": size.keys_mib, "values": size.values_mib, "tail": size.tail_mib,
+            "state": mib(r"size = *([\d.]+) MiB .*rs_seq\), R"), "compute": mib(r"compute buffer size = *([\d.]+) MiB")}
+
+
+def check_sizes(path: str, *context) -> None:
+    found = allocated(path, *context)
+    shape = model_shape.load(path)
+    size = cache_size.of(shape, *context)
+    n_caches = 2 if shape.window else 1              # each prints its sizes with two decimals
+    for name, n_bytes in (("keys", size.key_bytes), ("values", size.value_bytes), ("tail", size.tail_bytes),
+                          ("state", size.state_bytes)):
+        assert found[name] == pytest.approx(n_bytes/MIB, abs=0.0051*n_caches), f"{Path(path).name} {context}: {name}"
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("context", CONTEXTS, ids=lambda context: "-".join(map(str, context)))
+@pytest.mark.parametrize("arch, settings", [
+    ("llama", {"head_dim": 128}), ("llama", {"head_dim": 64, "n_head_kv": 1}), ("qwen3", {"head_dim": 256, "n_layer": 3}),
+    ("gemma3", {"head_dim": 64, "n_layer": 7, "window": 512}),
+    ("mimo2", {"head_dim": 192, "value_dim": 128, "n_layer": 4, "kv_heads": (4, 2, 1, 2)}),
+])
+def test_sizes_are_what_is_allocated(tiny, arch, settings, context):
+    check_sizes(tiny(arch, **settings), *context)
+
+
+@pytest.mark.llama
+@pytest.mark.upstream
+@pytest.mark.parametrize("arch", GENERATED)
+def test_sizes_of_other_architectures(generated, arch):
+    path = generated(arch)
+    for context in (("q8_0", "q8_0", 8192, 128, 3, True), ("kvarn4", "kvarn2", 16384, 512, 1, True)):
+        if not cache_size.why_not(model_shape.load(path), *context[:2]):
+            check_sizes(path, *context)
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("arch, head_dim", [("llama", 72), ("llama", 80), ("llama", 64)])
+def test_types_are_refused_where_the_library_refuses_them(tiny, arch, head_dim):
+    import llama_session
+
+    path = tiny(arch, head_dim)
+    for cache in ("f16", "q8_0", "q4_0", "kvarn2", "kvarn4"):
+        try:
+            with llama_session.Context(path, cache, cache, n_ctx=256):
+                is_refused = False
+        except llama_session.Refused:
+            is_refused = True
+        assert bool(cache_size.why_not(model_shape.load(path), cache, cache)) == is_refused, cache
+
+
+@pytest.mark.llama
+@pytest.mark.parametrize("arch, settings", [("llama", {}), ("gemma3", {"n_layer": 7}), ("llama", {"n_head": 16, "n_embd": 512})])
+def test_compute_buffer_is_covered_by_the_estimate(tiny, arch, settings):
+    path = tiny(arch, **settings)
+    for n_ctx in (4096, 16384):
+        found = allocated(path, "f16", "f16", n_ctx, 512, 1, True)["compute"]
+        estimate = plan.compute_bytes(model_shape.load(path), n_ctx, 512, False)/MIB
+        assert found <= estimate <= 2*found + 4
+
+
+def test_tile_bytes_are_the_formats():
+    codec = pytest.importorskip("kvarn.codec")
+    for bits in (2, 3, 4):
+        for D in (16, 64, 128, 512):
+            assert cache_size.tile_bytes(D, bits) == codec.tile_bytes(D, bits)
+
+
+def arguments(*words):
+    return cli.build_parser({"plan"}).parse_args(["plan", *words])
+
+
+def test_largest_context_fits_and_the_next_one_does_not(tiny):
+    path = tiny("llama", 128, n_layer=24)
+    args = arguments(path, "--vram", "3G")
+    shape = model_shape.load(path)
+    rows = plan.plan(shape, args)
+    assert [row.cache for row in rows] == plan.CACHES.split(",")
+    for row in rows:
+        assert row.fits and row.n_ctx % 256 == 0 and row.total <= 3 << 30
+        assert not plan.row_at(shape, row.cache, row.n_ctx + 256, args).fits
+    by_name = {row.cache: row.n_ctx for row in rows}
+    assert by_name["kvarn2"] > by_name["kvarn4"] > by_name["q8_0"] > by_name["f16"]
+
+
+def test_header_without_weights_is_enough(tiny, tmp_path):
+    whole = Path(tiny("mimo2", 192, value_dim=128, n_layer=4, kv_heads=(4, 2, 1, 2)))
+    header = gguf_header.read(whole)
+    cut = tmp_path/"cut.gguf"
+    cut.write_bytes(whole.read_bytes()[:whole.stat().st_size - sum(header.tensors.values())])
+    shape, same = model_shape.load(whole), model_shape.load(cut)
+    assert (same.layers, same.weight_bytes) == (shape.layers, shape.weight_bytes)
+    assert [(layer.heads, layer.k, layer.v) for layer in shape.layers] == [(heads, 192, 128) for heads in (4, 2, 1, 2)]
+    assert [layer.is_window for layer in shape.layers] == [True, False, True, False]
+
+
+def test_split_model(tiny, tmp_path):
+    import gguf
+    import numpy as np
+
+    def part(number: int, names: "list[str]") -> None:
+        writer = gguf.GGUFWriter(str(tmp_path/f"m-{number:05}-of-00002.gguf"), "llama")
+        writer.add_uint16("split.count", 2)
+        if number == 1:
+            writer.add_block_count(1)
+            writer.add_embedding_length(64)
+            writer.add_head_count(1)
+        for name in names:
+            writer.add_tensor(name, np.ones((64, 64), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    part(1, ["output.weight", "token_embd.weight"])
+    with pytest.raises(FileNotFoundError, match="one of 2 parts, and .*m-00002-of-00002.gguf is missing"):
+        model_shape.load(tmp_path/"m-00001-of-00002.gguf")
+    part(2, ["blk.0.attn_q.weight"])
+    shape = model_shape.load(tmp_path/"m-00001-of-00002.gguf")
+    assert (shape.weight_bytes, shape.gpu_weight_bytes) == (3*64*64*4, 2*64*64*4)
+
+
+def test_table_json_and_plot(tiny, tmp_path, capsys):
+    path = tiny()
+    picture = tmp_path/"plan.png"
+    pytest.importorskip("matplotlib")
+    assert cli.main(["plan", path, "--vram", "1G", "--plot", str(picture)]) == 0
+    said = capsys.readouterr().out
+    assert "2 layers, 2 KV heads x 128; trained for 131072 tokens" in said
+    assert any(line.split()[:1] == ["kvarn4/kvarn2"] for line in said.splitlines())
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert cli.main(["plan", path, "--ctx", "4096", "--ram", "1G", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    shape = model_shape.load(path)
+    by_name = {row["cache"]: row for row in found["rows"]}
+    assert found["budget"] == 1 << 30 and by_name["f16"]["kv"] == 2*2*2*128*2*4096
+    assert by_name["f16"]["weights"] == shape.weight_bytes and by_name["kvarn2"]["tail"] > 0
+
+
+def test_refused_types_say_why(tiny, capsys):
+    assert cli.main(["plan", tiny("llama", 72), "--vram", "1G", "--caches", "f16,kvarn,q8_0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(None, 1)[1] for line in lines if "refused" in line] == ["refused: heads of 72 channels"]*2
+
+
+@pytest.mark.parametrize("text, wanted", [("24G", 24 << 30), ("24", 24 << 30), ("8192M", 8 << 30), ("1.5GiB", 3 << 29),
+                                          ("2t", 2 << 40)])
+def test_sizes_are_understood(text, wanted):
+    assert plan.size_in_bytes(text, "vram") == wanted
