@@ -38,7 +38,12 @@ ggml_tensor * llama_kvarn::build_get(ggml_context * ctx, int side, int32_t ikv, 
 }
 
 ggml_tensor * llama_kvarn::build_rot(ggml_context * ctx, int side) const {
-    return n_rot[side] ? ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rot[side], n_rot[side]) : nullptr;
+    if (!n_rot[side]) {
+        return nullptr;
+    }
+    ggml_tensor * rot = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rot[side], n_rot[side]);
+    ggml_set_input(rot); // the host writes it
+    return rot;
 }
 
 void llama_kvarn::set_input_rows(int64_t * data, const slot_info & sinfo) const {
