@@ -75,7 +75,7 @@ void llama_kvarn::set_input_plan(int64_t * data, const llama_ubatch & ubatch, co
         switch (tiles[tile].state) {
             case FREE: map[tile] = KVARN_MAP_EMPTY;  break;
             case OPEN: map[tile] = tiles[tile].slot; break;
-            default:   map[tile] = KVARN_MAP_SEALED; break;
+            default:   map[tile] = tiles[tile].is_sink ? tiles[tile].slot : KVARN_MAP_SEALED; break;
         }
     }
     if (!is_strict) {

@@ -47,7 +47,7 @@ public:
         }
     }
 
-    // rows [i0, i0 + n) to a tile's first cells: sealed if there are G of them, else into its slot
+    // rows [i0, i0 + n) to a tile's first cells: into its slot if it has one, and sealed if there are G of them
     void write(uint32_t tile, size_t i0, size_t n) {
         if (row_size == 0) {
             return;
@@ -55,9 +55,12 @@ public:
         const uint8_t * src = rows.data() + i0*row_size;
         if (!layer) {
             ggml_backend_tensor_set(tensor, src, (size_t) tile*KVARN_G*row_size, n*row_size);
-        } else if (n < KVARN_G) {
+            return;
+        }
+        if (kvarn.tiles[tile].slot >= 0) {
             ggml_backend_tensor_set(layer->tail, src, kvarn.tiles[tile].slot*KVARN_G*row_size, n*row_size);
-        } else {
+        }
+        if (n == KVARN_G) {
             std::vector<uint8_t> sealed(layer->tiles->nb[1]);
             for (int32_t h = 0; h < layer->shape.H; ++h) {
                 kvarn_seal_rows(&layer->shape, (const ggml_fp16_t *) src + h*layer->shape.D,
@@ -95,8 +98,7 @@ void llama_kvarn::seal_on_host(uint32_t tile) {
             rows.write(tile, 0, KVARN_G);
         }
     }
-    tiles[tile].state = CACHED;
-    slot_time[tiles[tile].slot] = ++n_sealed;
+    mark_sealed(tile);
 }
 
 void llama_kvarn::copy_data(const copy & c) const {
@@ -149,22 +151,27 @@ bool llama_kvarn::has_update(bool optimize) {
     return is_full || !copies.empty();
 }
 
-void llama_kvarn::update(llama_context * lctx) {
-    if (!is_full && copies.empty()) {
-        return;
+bool llama_kvarn::update(llama_context * lctx) {
+    if (is_full || !copies.empty()) {
+        llama_synchronize(lctx);
     }
-    llama_synchronize(lctx);
-
     copy_pending();
 
-    if (is_full) {
+    if (kv.get_has_shift()) {
+        if (!has(KVARN_KEY)) {
+            return true; // compaction waits: it does not move shifts
+        }
+        shift_keys(lctx);
+    }
+    if (is_full && !kv.get_has_shift()) {
+        is_full = false;
         for (uint32_t strm = 0; strm < kv.n_stream; ++strm) {
             for (int32_t owner = 0; owner < (int32_t) n_owners; ++owner) {
                 compact(strm, owner, false);
             }
         }
-        is_full = false;
     }
+    return false;
 }
 
 // The rows of all tiles of an owner that have holes, moved together: what fills a tile is sealed, the rest is left open.
@@ -228,11 +235,13 @@ bool llama_kvarn::compact(uint32_t strm, int32_t owner, bool is_trial) {
     }
     for (size_t i = 0; i < n_to; ++i) {
         const size_t n = std::min<size_t>(KVARN_G, n_rows - i*KVARN_G);
+        tiles[from[i]].owner = owner;
+        tiles[from[i]].state = SEALED;
         if (n < KVARN_G) {
             open(from[i], owner);
-        } else {
-            tiles[from[i]].state = SEALED;
-            tiles[from[i]].owner = owner;
+        } else if (is_sink(from[i])) {
+            open(from[i], owner);
+            mark_sealed(from[i]);
         }
         for (auto & r : rows) {
             r.write(from[i], i*KVARN_G, n);

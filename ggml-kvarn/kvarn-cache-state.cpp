@@ -5,10 +5,12 @@
 //   magic, what describe() says, number of streams, then per stream:
 //     a record (size, hash, bytes):
 //       number of sealed and of open tiles; per sealed tile its owner and which cells count, per open tile its owner and how many
-//       per cell: position, sequences, extra data of the model
-//     keys of every layer, then values: the sealed tiles, then the rows of the open ones
+//       per cell: position, shift that its key still lacks, sequences, extra data of the model
+//     keys of every layer, then values: the sealed tiles, then the rows of the open ones (a sink counts as open)
+//     hash of these data; 0 if they stay on the device
 //
-// Readers trust nothing: a state of another build, model or type, or with a damaged record, is refused before anything changes.
+// Readers trust nothing: a state of another build, model or type, or with a damaged record, is refused before anything changes. Data go
+// to tiles and rows that are free, and count only once their hash is right.
 
 #include "kvarn-cache.h"
 
@@ -21,12 +23,53 @@
 #include <stdexcept>
 
 static const uint32_t KVARN_STATE_MAGIC    = 0x4e52564b; // "KVRN"
-static const uint32_t KVARN_STATE_VERSION  = 1;
+static const uint32_t KVARN_STATE_VERSION  = 2;
 static const uint32_t KVARN_STATE_TEXT_MAX = 1 << 16;
 
 static void kvarn_state_fail(const std::string & what) {
     throw std::runtime_error("kvarn: cannot restore the state: " + what);
 }
+
+// Every step is a bijection of the state, so that a change of one word cannot be undone by the words behind it.
+class kvarn_hash {
+public:
+    void add(const void * data, size_t size) {
+        const uint8_t * src = (const uint8_t *) data;
+        for (; size >= 32; src += 32, size -= 32) {
+            for (int i = 0; i < 4; ++i) {
+                step(i, src + 8*i, 8);
+            }
+        }
+        for (; size > 0; ) {
+            const size_t n = std::min<size_t>(size, 8);
+            step(0, src, n);
+            src  += n;
+            size -= n;
+        }
+    }
+
+    uint64_t get() const {
+        uint64_t res = 0;
+        for (uint64_t lane : lanes) {
+            res = mix(res ^ lane);
+        }
+        return res;
+    }
+
+private:
+    static uint64_t mix(uint64_t x) {
+        x *= 0x9e3779b97f4a7c15;
+        return x ^ x >> 29;
+    }
+
+    void step(int lane, const uint8_t * src, size_t n) {
+        uint64_t word = 0;
+        memcpy(&word, src, n);
+        lanes[lane] = mix(lanes[lane] ^ word);
+    }
+
+    uint64_t lanes[4] = { 1, 2, 3, 4 }; // side by side: one alone waits for its multiplication
+};
 
 template <typename T> static void kvarn_write(llama_io_write_i & io, const T & value) {
     io.write(&value, sizeof(value));
@@ -79,12 +122,10 @@ public:
     }
 
 private:
-    uint64_t hash() const { // FNV-1a
-        uint64_t res = 0xcbf29ce484222325;
-        for (uint8_t byte : bytes) {
-            res = (res ^ byte)*0x100000001b3;
-        }
-        return res;
+    uint64_t hash() const {
+        kvarn_hash res;
+        res.add(bytes.data(), bytes.size());
+        return res.get();
     }
 
     std::vector<uint8_t> bytes;
@@ -145,7 +186,7 @@ void llama_kvarn::for_each_part(const std::vector<kvarn_piece> & pieces, F && f)
     }
 }
 
-void llama_kvarn::state_write(llama_io_write_i & io, llama_seq_id seq_id) {
+void llama_kvarn::state_write(llama_io_write_i & io, llama_seq_id seq_id, bool is_on_device) {
     copy_pending();
 
     kvarn_write(io, KVARN_STATE_MAGIC);
@@ -156,15 +197,15 @@ void llama_kvarn::state_write(llama_io_write_i & io, llama_seq_id seq_id) {
     if (seq_id == -1) {
         kvarn_write(io, kv.n_stream);
         for (uint32_t strm = 0; strm < kv.n_stream; ++strm) {
-            write_stream(io, strm, seq_id);
+            write_stream(io, strm, seq_id, is_on_device);
         }
     } else {
         kvarn_write(io, (uint32_t) 1);
-        write_stream(io, kv.seq_to_stream[seq_id], seq_id);
+        write_stream(io, kv.seq_to_stream[seq_id], seq_id, is_on_device);
     }
 }
 
-void llama_kvarn::write_stream(llama_io_write_i & io, uint32_t strm, llama_seq_id seq_id) const {
+void llama_kvarn::write_stream(llama_io_write_i & io, uint32_t strm, llama_seq_id seq_id, bool is_on_device) const {
     const auto & cells = kv.v_cells[strm];
 
     struct group { uint32_t tile; uint64_t mask[2]; uint32_t n; };
@@ -181,7 +222,7 @@ void llama_kvarn::write_stream(llama_io_write_i & io, uint32_t strm, llama_seq_i
             }
         }
         if (g.n > 0) {
-            groups[tiles[tile].state != OPEN].push_back(g);
+            groups[tiles[tile].state != OPEN && !tiles[tile].is_sink].push_back(g);
         }
     }
 
@@ -220,6 +261,7 @@ void llama_kvarn::write_stream(llama_io_write_i & io, uint32_t strm, llama_seq_i
             }
         }
         record.put(cells.pos_get(cell));
+        record.put(cells.get_shift(cell));
         record.put((uint32_t) seq_ids.size());
         if (kv.has_cell_ext()) {
             record.put(cells.ext_get(cell));
@@ -230,10 +272,24 @@ void llama_kvarn::write_stream(llama_io_write_i & io, uint32_t strm, llama_seq_i
     }
 
     record.write(io);
-    for_each_part(pieces, [&](ggml_tensor * tensor, size_t offset, size_t size) { io.write_tensor(tensor, offset, size); });
+
+    if (is_on_device) {
+        for_each_part(pieces, [&](ggml_tensor * tensor, size_t offset, size_t size) { io.write_tensor(tensor, offset, size); });
+        kvarn_write(io, (uint64_t) 0);
+        return;
+    }
+    kvarn_hash hash;
+    std::vector<uint8_t> data;
+    for_each_part(pieces, [&](ggml_tensor * tensor, size_t offset, size_t size) {
+        data.resize(size);
+        ggml_backend_tensor_get(tensor, data.data(), offset, size);
+        hash.add(data.data(), size);
+        io.write(data.data(), size);
+    });
+    kvarn_write(io, hash.get());
 }
 
-void llama_kvarn::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
+void llama_kvarn::state_read(llama_io_read_i & io, llama_seq_id seq_id, bool is_on_device) {
     if (kvarn_read<uint32_t>(io) != KVARN_STATE_MAGIC) {
         kvarn_state_fail("it was not saved from a kvarn cache");
     }
@@ -261,24 +317,25 @@ void llama_kvarn::state_read(llama_io_read_i & io, llama_seq_id seq_id) {
     }
     try {
         for (uint32_t s = 0; s < n_strm; ++s) {
-            read_stream(io, seq_id == -1 ? s : kv.seq_to_stream[seq_id], seq_id);
+            read_stream(io, seq_id == -1 ? s : kv.seq_to_stream[seq_id], seq_id, is_on_device);
         }
     } catch (...) {
+        io.discard();
+        std::fill(used.begin(), used.end(), UINT32_MAX); // look at every tile
         if (seq_id == -1) {
             kv.clear(true);
         } else {
-            std::fill(used.begin(), used.end(), UINT32_MAX); // look at every tile
             kv.seq_rm(seq_id, -1, -1);
         }
         throw;
     }
 }
 
-void llama_kvarn::read_stream(llama_io_read_i & io, uint32_t strm, llama_seq_id seq_id) {
+void llama_kvarn::read_stream(llama_io_read_i & io, uint32_t strm, llama_seq_id seq_id, bool is_on_device) {
     auto & cells = kv.v_cells[strm];
 
     kvarn_record record;
-    record.read(io, 64 + (size_t) n_tiles*(64 + KVARN_G*(32 + kv.n_seq_max*sizeof(llama_seq_id))));
+    record.read(io, 64 + (size_t) n_tiles*(64 + KVARN_G*(40 + kv.n_seq_max*sizeof(llama_seq_id))));
 
     const auto no_room = [&]() {
         kvarn_state_fail(format("it needs more room than the %u tokens that are free here; use a larger n_ctx",
@@ -330,12 +387,15 @@ void llama_kvarn::read_stream(llama_io_read_i & io, uint32_t strm, llama_seq_id 
         no_room();
     }
 
-    struct cell_data { llama_pos pos; llama_kv_cell_ext ext; std::vector<llama_seq_id> seq_ids; };
+    struct cell_data { llama_pos pos, shift; llama_kv_cell_ext ext; std::vector<llama_seq_id> seq_ids; };
     std::vector<cell_data> data(order.size());
     for (auto & c : data) {
-        c.pos = record.get<llama_pos>();
+        c.pos   = record.get<llama_pos>();
+        c.shift = record.get<llama_pos>();
         const uint32_t n_seq_id = record.get<uint32_t>();
-        if (c.pos < 0 || n_seq_id == 0 || n_seq_id > kv.n_seq_max || (seq_id != -1 && n_seq_id != 1)) {
+        const int64_t  pos_key  = (int64_t) c.pos - c.shift; // that its key is turned to
+        if (c.pos < 0 || pos_key < 0 || pos_key > INT32_MAX ||
+            n_seq_id == 0 || n_seq_id > kv.n_seq_max || (seq_id != -1 && n_seq_id != 1)) {
             kvarn_state_fail("it is damaged");
         }
         if (kv.has_cell_ext()) {
@@ -354,16 +414,7 @@ void llama_kvarn::read_stream(llama_io_read_i & io, uint32_t strm, llama_seq_id 
         kvarn_state_fail("it is damaged");
     }
 
-    // all of it is understood: now the cells and tiles change
-    for (size_t i = 0; i < order.size(); ++i) {
-        cells.pos_set(order[i], data[i].pos);
-        if (kv.has_cell_ext()) {
-            cells.ext_set(order[i], data[i].ext);
-        }
-        for (llama_seq_id id : data[i].seq_ids) {
-            cells.seq_add(order[i], id);
-        }
-    }
+    // all of it is understood: the tiles take the data ..
     for (const auto & p : pieces) {
         if (p.is_sealed) {
             tiles[p.tile].state = SEALED;
@@ -377,7 +428,39 @@ void llama_kvarn::read_stream(llama_io_read_i & io, uint32_t strm, llama_seq_id 
             tiles[tile].owner = owners[i];
         }
     }
-    used[strm] = cells.get_used();
+    read_data(io, pieces, is_on_device);
 
-    for_each_part(pieces, [&](ggml_tensor * tensor, size_t offset, size_t size) { io.read_tensor(tensor, offset, size); });
+    // .. and the cells make them count
+    for (size_t i = 0; i < order.size(); ++i) {
+        cells.pos_set(order[i], data[i].pos - data[i].shift);
+        if (kv.has_cell_ext()) {
+            cells.ext_set(order[i], data[i].ext);
+        }
+        for (llama_seq_id id : data[i].seq_ids) {
+            cells.seq_add(order[i], id);
+        }
+        if (data[i].shift != 0) {
+            cells.pos_add(order[i], data[i].shift);
+        }
+    }
+    used[strm] = cells.get_used();
+}
+
+void llama_kvarn::read_data(llama_io_read_i & io, const std::vector<kvarn_piece> & pieces, bool is_on_device) const {
+    kvarn_hash hash;
+    std::vector<uint8_t> data;
+    for_each_part(pieces, [&](ggml_tensor * tensor, size_t offset, size_t size) {
+        if (is_on_device) {
+            io.read_tensor(tensor, offset, size);
+            return;
+        }
+        data.resize(size);
+        io.read(data.data(), size);
+        hash.add(data.data(), size);
+        ggml_backend_tensor_set(tensor, data.data(), offset, size);
+    });
+    const uint64_t sum = kvarn_read<uint64_t>(io);
+    if (sum != (is_on_device ? 0 : hash.get())) {
+        kvarn_state_fail("its data are damaged");
+    }
 }

@@ -16,8 +16,8 @@
 // slots kept for tiles that are sealed already: a rollback of up to G tokens then finds its f16 rows
 static const uint32_t KVARN_SLOTS_KEPT = 1;
 
-// sequences of a unified cache that get tiles of their own; further ones share owners
-static const uint32_t KVARN_OWNERS_MAX = 8;
+// sequences of a unified cache that get tiles of their own: each costs two slots. Further ones share owners
+static const uint32_t KVARN_OWNERS_MAX = 32;
 
 // set by begin(), read by the constructor
 struct kvarn_context_params {
@@ -29,6 +29,20 @@ static thread_local kvarn_context_params kvarn_params;
 static bool kvarn_env(const char * name) {
     const char * value = getenv(name);
     return value && atoi(value) != 0;
+}
+
+// tokens of the sink, from the environment: no parameter of a context is free for it
+static uint32_t kvarn_env_sink() {
+    const char * value = getenv("KVARN_SINK");
+    if (!value || !*value) {
+        return 0;
+    }
+    char * end = nullptr;
+    const long n = strtol(value, &end, 10);
+    if (*end || n < 0 || n > (1 << 20)) {
+        throw std::runtime_error(format("kvarn: KVARN_SINK=%s is not a number of tokens; use 0 (no sink) or 128, say", value));
+    }
+    return n;
 }
 
 void llama_kvarn::begin(const llama_cparams & cparams) {
@@ -100,7 +114,8 @@ std::unique_ptr<llama_kvarn> llama_kvarn::create(
     const uint32_t n_ubatch = kvarn_params.n_ubatch;
     const uint32_t n_per_stream = kv.n_stream > 1 ? 1 : std::min(kv.n_seq_max, KVARN_OWNERS_MAX);
     res->n_owners = kv.n_stream*n_per_stream;
-    res->n_slots  = 2*res->n_owners + n_ubatch/KVARN_G + KVARN_SLOTS_KEPT;
+    res->n_sink   = kvarn_env_sink();
+    res->n_slots  = 2*res->n_owners + n_ubatch/KVARN_G + KVARN_SLOTS_KEPT + res->n_owners*res->n_sink_tiles();
 
     // every owner's last tile is partly empty, and a cut leaves a hole: spare tiles, so that the user's cells can all be used
     res->n_user = kv_size;
@@ -205,6 +220,12 @@ void llama_kvarn::finish(std::unordered_map<int64_t, std::vector<float>> & hadam
         }
     }
     LLAMA_LOG_INFO("kvarn: tail = %7.2f MiB (%u slots of %d tokens in f16)\n", tail_size/1024.0/1024.0, n_slots, KVARN_G);
+    if (n_sink > 0) {
+        LLAMA_LOG_INFO("kvarn: the first %u tokens of every sequence stay in the tail (KVARN_SINK)\n", n_sink_tiles()*KVARN_G);
+    }
+    if (kv.n_stream == 1 && kv.n_seq_max > n_owners) {
+        LLAMA_LOG_WARN("kvarn: %u sequences share the tiles of %u; without a unified cache each would have its own\n", kv.n_seq_max, n_owners);
+    }
 }
 
 //
@@ -287,8 +308,7 @@ void llama_kvarn::apply(const slot_info & sinfo, const llama_ubatch & ubatch) {
     seal_list.clear();
     for (uint32_t tile : touched) {
         if (tiles[tile].state == OPEN && n_used(tile) == KVARN_G) {
-            tiles[tile].state = CACHED;
-            slot_time[tiles[tile].slot] = ++n_sealed;
+            mark_sealed(tile);
             seal_list.push_back(tile);
         }
     }
@@ -299,6 +319,31 @@ void llama_kvarn::open(uint32_t tile, int32_t owner) {
     tiles[tile].slot  = take_slot(tile);
     tiles[tile].state = OPEN;
     tiles[tile].owner = owner;
+}
+
+void llama_kvarn::mark_sealed(uint32_t tile) {
+    tiles[tile].state   = CACHED;
+    tiles[tile].is_sink = is_sink(tile);
+    slot_time[tiles[tile].slot] = ++n_sealed;
+}
+
+bool llama_kvarn::is_sink(uint32_t tile) const {
+    if (n_sink == 0) {
+        return false;
+    }
+    const uint32_t n_has = std::count_if(tiles.begin(), tiles.end(), [&](const tile_info & t) {
+        return t.is_sink && t.owner == tiles[tile].owner;
+    });
+    const auto & cells = kv.v_cells[tile/n_tiles];
+    llama_pos first = cells.pos_get(tile%n_tiles*KVARN_G);
+    for (uint32_t i = 1; i < KVARN_G; ++i) {
+        first = std::min(first, cells.pos_get(tile%n_tiles*KVARN_G + i));
+    }
+    return n_has < n_sink_tiles() && first < (llama_pos) n_sink;
+}
+
+uint32_t llama_kvarn::n_pinned() const {
+    return std::count_if(tiles.begin(), tiles.end(), [](const tile_info & t) { return t.is_sink; });
 }
 
 void llama_kvarn::free_tile(uint32_t tile) {
@@ -316,7 +361,8 @@ int32_t llama_kvarn::take_slot(uint32_t tile) {
             slot = i;
             break;
         }
-        if (tiles[slot_tile[i]].state == CACHED && (slot < 0 || slot_time[i] < slot_time[slot])) {
+        const auto & t = tiles[slot_tile[i]];
+        if (t.state == CACHED && !t.is_sink && (slot < 0 || slot_time[i] < slot_time[slot])) {
             slot = i;
         }
     }
@@ -358,7 +404,8 @@ void llama_kvarn::sync() {
         for (uint32_t tile : holes) {
             if (!is_open[tiles[tile].owner]) {
                 is_open[tiles[tile].owner] = true;
-                tiles[tile].state = OPEN;
+                tiles[tile].state   = OPEN;
+                tiles[tile].is_sink = false;
             }
         }
     }
@@ -375,21 +422,20 @@ void llama_kvarn::copy_stream(uint32_t src, uint32_t dst) {
         if (n_used(to) == 0) {
             continue;
         }
-        if (tiles[from].state == OPEN) {
+        const bool has_tile = tiles[from].state != OPEN;
+        const bool has_slot = tiles[from].state == OPEN || tiles[from].is_sink;
+        if (has_slot) {
             open(to, owner_of(dst, 0));
             copies.push_back({ (uint32_t) tiles[from].slot, (uint32_t) tiles[to].slot, true });
-        } else {
-            tiles[to].state = SEALED;
-            tiles[to].owner = owner_of(dst, 0);
+        }
+        if (has_tile) {
             copies.push_back({ from, to, false });
         }
+        tiles[to].state   = !has_tile ? OPEN : has_slot ? CACHED : SEALED;
+        tiles[to].owner   = owner_of(dst, 0);
+        tiles[to].is_sink = tiles[from].is_sink;
     }
     used[dst] = kv.v_cells[dst].get_used();
-}
-
-bool llama_kvarn::refuse_shift(const char * func) const {
-    LLAMA_LOG_ERROR("kvarn: %s: positions of a kvarn cache cannot be changed; nothing was done, use cache type f16 for context shift\n", func);
-    return true;
 }
 
 //

@@ -14,7 +14,7 @@
 //    +-------------- compact(), when cells run out: tiles with holes are rebuilt as fewer full ones --------+
 //
 // Every tile has one owner (a sequence, or a stream where each sequence has its own), so that what a sequence computes does not depend
-// on its neighbours. Which tail row a token goes to, which tiles a graph seals and where each tile is read from are entries of the
+// on its neighbours. The first KVARN_SINK tokens of an owner, rounded up to tiles, keep their slot and are read from it: its sink. Which tail row a token goes to, which tiles a graph seals and where each tile is read from are entries of the
 // plan (kvarn-graph.h), an input: the graph itself never changes, and is reused as often as with any other cache.
 
 #pragma once
@@ -38,6 +38,7 @@ struct kvarn_placement {
         tile_state state = FREE;
         int32_t    slot  = -1; // OPEN, CACHED
         int32_t    owner = -1;
+        bool       is_sink = false; // CACHED for good, and read from its slot
     };
 
     std::vector<tile_info> tiles;     // [n_stream*n_tiles]
@@ -79,18 +80,20 @@ public:
     slot_info find_slot(const llama_ubatch & ubatch) const;
     void      apply    (const slot_info & sinfo, const llama_ubatch & ubatch);
 
-    // after cells were removed
+    // after cells were removed, or moved out of the positions there are
     void sync();
 
     // the cells of stream dst were just made those of stream src: their data follow in the next update()
     void copy_stream(uint32_t src, uint32_t dst);
 
-    // true if update() has something to do; with optimize, also if it could make room
+    // true if update() has something to do besides the shift; with optimize, also if it could make room
     bool has_update(bool optimize);
-    void update(llama_context * lctx);
 
-    // says that positions cannot be changed; true, so that a caller can return at once
-    bool refuse_shift(const char * func) const;
+    // copies, K-shift of keys in tiles, compaction; true if keys in rows have a shift left, which is the cache's own work
+    bool update(llama_context * lctx);
+
+    // false, and one line, if this model's positions cannot be changed
+    bool can_shift(const char * func) const;
 
     // llama_kv_cache::prepare() simulates a batch and takes it back
     std::unique_ptr<kvarn_placement> save();
@@ -113,8 +116,9 @@ public:
     // state
     //
 
-    void state_write(llama_io_write_i & io, llama_seq_id seq_id);
-    void state_read (llama_io_read_i  & io, llama_seq_id seq_id);
+    // is_on_device: the data stay on the device, where nothing can damage them
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id, bool is_on_device);
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id, bool is_on_device);
 
 private:
     struct side_layer {
@@ -137,9 +141,15 @@ private:
     uint32_t n_seal    (const llama_ubatch & ubatch) const;
 
     // tile transitions
-    void    open     (uint32_t tile, int32_t owner);
-    void    free_tile(uint32_t tile);
-    int32_t take_slot(uint32_t tile);
+    void    open       (uint32_t tile, int32_t owner);
+    void    mark_sealed(uint32_t tile); // OPEN -> CACHED
+    void    free_tile  (uint32_t tile);
+    int32_t take_slot  (uint32_t tile);
+
+    // sink
+    uint32_t n_sink_tiles() const { return (n_sink + KVARN_G - 1)/KVARN_G; } // of an owner
+    bool     is_sink (uint32_t tile) const; // whether a tile that is full becomes one
+    uint32_t n_pinned() const;              // slots of all sinks
 
     // between graphs, on the host
     class host_rows;
@@ -148,11 +158,16 @@ private:
     void copy_pending();
     bool compact     (uint32_t strm, int32_t owner, bool is_trial); // true if it frees a tile
 
+    // K-shift: keys turned to the positions that their cells have by now
+    class shifter;
+    void shift_keys(llama_context * lctx);
+
     void check_device(ggml_backend_dev_t dev, const side_layer & layer) const;
 
     // state
-    void write_stream(llama_io_write_i & io, uint32_t strm, llama_seq_id seq_id) const;
-    void read_stream (llama_io_read_i  & io, uint32_t strm, llama_seq_id seq_id);
+    void write_stream(llama_io_write_i & io, uint32_t strm, llama_seq_id seq_id, bool is_on_device) const;
+    void read_stream (llama_io_read_i  & io, uint32_t strm, llama_seq_id seq_id, bool is_on_device);
+    void read_data   (llama_io_read_i  & io, const std::vector<kvarn_piece> & pieces, bool is_on_device) const;
     std::string describe() const;
 
     template <typename F> void for_each_part(const std::vector<kvarn_piece> & pieces, F && f) const;
@@ -169,6 +184,7 @@ private:
     uint32_t n_tiles  = 0; // per stream
     uint32_t n_owners = 0; // in all
     uint32_t n_slots  = 0;
+    uint32_t n_sink   = 0; // tokens at the start of an owner that stay exact
 
     bool is_strict = false; // tokens of the current ubatch are read from the tile as soon as it is sealed
 
@@ -220,7 +236,7 @@ public:
     }
 
     // true if there are slots for the tiles that were handed out by next()
-    bool fits() const { return n_new + kvarn.n_open() <= kvarn.n_slots; }
+    bool fits() const { return n_new + kvarn.n_open() + kvarn.n_pinned() <= kvarn.n_slots; }
 
 private:
     struct cursor {

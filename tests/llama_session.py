@@ -151,6 +151,21 @@ class Context:
     def keep(self, sequence: int) -> None:
         llama_cpp.llama_memory_seq_keep(self.memory, sequence)
 
+    def can_shift(self) -> bool:
+        return llama_cpp.llama_memory_can_shift(self.memory)
+
+    def add(self, sequence: int, start: int, end: int, shift: int) -> None:
+        """Moves the tokens at positions [start, end) by `shift`."""
+        with CapturedLog(False) as log:
+            llama_cpp.llama_memory_seq_add(self.memory, sequence, start, end, shift)
+        self.log = log.lines
+
+    def divide(self, sequence: int, start: int, end: int, divisor: int) -> None:
+        """Divides positions [start, end)."""
+        with CapturedLog(False) as log:
+            llama_cpp.llama_memory_seq_div(self.memory, sequence, start, end, divisor)
+        self.log = log.lines
+
     def clear(self) -> None:
         llama_cpp.llama_memory_clear(self.memory, True)
 

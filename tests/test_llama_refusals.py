@@ -139,17 +139,6 @@ def test_more_tokens_than_the_context_holds(tiny):
         live.check()
 
 
-def test_positions_cannot_be_changed(tiny):
-    with Live(tiny()) as live:
-        assert not session.llama_cpp.llama_memory_can_shift(live.context.memory)
-        for change in (lambda: session.llama_cpp.llama_memory_seq_add(live.context.memory, 0, 100, -1, -50),
-                       lambda: session.llama_cpp.llama_memory_seq_div(live.context.memory, 0, 0, -1, 2)):
-            with session.CapturedLog(False) as log:
-                change()
-            assert len(log.errors) == 1 and "nothing was done, use cache type f16 for context shift" in log.errors[0]
-            live.check()
-
-
 def test_state_cut_short(tiny):
     with Live(tiny()) as live:
         for sequence in (1, None):
@@ -196,21 +185,35 @@ class Layout(NamedTuple):
         return cls(start, record, record + 16 + int.from_bytes(state[record:record + 8], "little"))
 
     def with_hash(self, state: bytes) -> bytes:
-        """The state with the hash (FNV-1a) that fits its record, whatever that says."""
-        value = 0xcbf29ce484222325
-        for byte in state[self.record + 16:self.stop]:
-            value = (value ^ byte)*0x100000001b3 % 2**64
+        """The state with the hash that fits its record, whatever that says."""
+        value = state_hash(state[self.record + 16:self.stop])
         return state[:self.record + 8] + value.to_bytes(8, "little") + state[self.record + 16:]
+
+
+def state_hash(data: bytes) -> int:
+    """kvarn_hash of kvarn-cache-state.cpp: words of 8 bytes in four lanes; after the last 32 bytes all go to lane 0."""
+    def mix(x: int) -> int:
+        x = x*0x9e3779b97f4a7c15 % 2**64
+        return x ^ x >> 29
+
+    lanes, whole = [1, 2, 3, 4], len(data)//32*32
+    for place in range(0, len(data), 8):
+        lane = place//8 % 4 if place < whole else 0
+        lanes[lane] = mix(lanes[lane] ^ int.from_bytes(data[place:place + 8], "little"))
+    value = 0
+    for lane in lanes:
+        value = mix(value ^ lane)
+    return value
 
 
 @pytest.mark.parametrize("sequence", [1, None], ids=["sequence", "everything"])
 def test_state_with_flipped_bits(tiny, sequence):
-    """Every bit that describes the data counts: its damage is refused before anything changes."""
+    """Every bit counts, of what describes the data and of the data: its damage is refused, and the context goes on."""
     with Live(tiny()) as live:
         state = live.context.save(0 if sequence == 1 else None)
         rng, layout = random.Random(3), Layout.of(state)
-        places = range(layout.start, layout.stop)
-        for place in [*places[:300], *rng.sample(places, 100)]:
+        places = range(layout.start, len(state))
+        for place in [*places[:300], *rng.sample(places[:layout.stop], 100), *rng.sample(places, 100), places[-1]]:
             damaged = bytearray(state)
             damaged[place] ^= 1 << rng.randrange(8)
             errors = live.context.load(bytes(damaged), sequence)

@@ -333,12 +333,13 @@ def test_aborted_decode(tiny, monkeypatch, keys, values):
 
 
 def test_more_sequences_than_owners(tiny, monkeypatch):
-    """Twelve sequences of a unified cache share eight owners' tiles: fed in turns, cut, and fed again."""
+    """Forty sequences of a unified cache share the tiles of 32 owners: fed in turns, cut, and fed again."""
     monkeypatch.setenv("KVARN_TEST_EXACT", "1")
-    path, n_seq, rng = tiny(head_dim=64), 12, random.Random(8)
+    path, n_seq, rng = tiny(head_dim=64), 40, random.Random(8)
     histories = [History() for _ in range(n_seq)]
-    with session.Context(path, "kvarn4", "kvarn2", n_ctx=2560, n_seq=n_seq) as context:
-        for n in (70, 1, 90):
+    with session.Context(path, "kvarn4", "kvarn2", n_ctx=6144, n_seq=n_seq) as context:
+        assert any("40 sequences share the tiles of 32" in line for line in context.creation_log)
+        for n in (70, 1, 60):
             rows = []
             for s, history in enumerate(histories):
                 position, tokens = history.next(), [rng.randrange(3, 259) for _ in range(n)]
