@@ -5,12 +5,19 @@ SPDX-License-Identifier: MIT
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 
+from kvarn import cli, serve
 from kvarn.cli import TOOLS
 
 pytestmark = pytest.mark.tools
@@ -120,3 +127,92 @@ def test_demo_errors_are_one_line(words, said):
     done = run(script("kvarn"), "demo", *words)
     assert done.returncode == 1
     assert done.stderr.strip().startswith(said) and len(done.stderr.strip().splitlines()) == 1
+
+
+# ------------------------------------------------------------------------------------- help, completion, serve, patch
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS])
+def test_every_command_explains_itself_with_an_example(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([name, "--help"])
+    said = capsys.readouterr().out
+    assert ended.value.code == 0 and f"usage: kvarn {name}" in said
+    assert "example" in said and f"kvarn {name}" in said.split("example")[1]
+
+
+def test_help_lists_commands_and_exit_codes_and_imports_none(capsys):
+    code = "import sys, kvarn.cli\ntry: kvarn.cli.main(['--help'])\nexcept SystemExit: print([m for m in sys.modules if " \
+           "m.startswith('kvarn.') or m in ('numpy', 'gguf', 'rich', 'llama_cpp', 'importlib.metadata')])"
+    done = run(sys.executable, "-c", code)
+    assert done.stdout.splitlines()[-1] == "['kvarn.cli']"
+    for name in cli.COMMANDS:
+        assert f"    {name}" in done.stdout
+    assert "exit status: 0 done, 1 refused or failed" in done.stdout and "130 interrupted" in done.stdout
+
+
+@pytest.mark.parametrize("words, wanted", [
+    (["kvarn", "pl"], ["plan"]), (["kvarn", "plan", "--vr"], ["--vram"]), (["kvarn", "completion", "z"], ["zsh"]),
+    (["kvarn", "serve", "--po"], ["--port"]), (["kvarn", "patch", "rev"], ["revert"]),
+])
+def test_completion_in_bash(words, wanted, tmp_path):
+    script_file = tmp_path/"kvarn.bash"
+    script_file.write_text(run(sys.executable, "-m", "kvarn.cli", "completion", "bash").stdout)
+    done = run("bash", "-c", f"source {script_file}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _kvarn; "
+               "printf '%s\\n' \"${COMPREPLY[@]}\"")
+    assert done.stdout.split() == wanted, done.stderr
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])
+def test_completion_scripts_know_every_command(shell, capsys):
+    assert cli.main(["completion", shell]) == 0
+    said = capsys.readouterr().out
+    for name in cli.COMMANDS:
+        assert name in said
+    program = shutil.which(shell)
+    if program:
+        assert run(program, "-n", "-c", said).returncode == 0
+
+
+def test_serve_speaks_both_servers_languages():
+    args = cli.build_parser({"serve"}).parse_args(["serve", "m.gguf", "--kv", "kvarn", "--port", "81", "--threads", "3"])
+    args.rest = ["-np", "4"]
+    assert serve.server_arguments(args, 4096) == ["-m", "m.gguf", "-c", "4096", "-ctk", "kvarn4", "-ctv", "kvarn2", "--host",
+                                                  "127.0.0.1", "--port", "81", "-fa", "on", "-t", "3", "-ngl", "999", "-np", "4"]
+    assert serve.python_arguments(args, 4096)[:6] == ["--model", "m.gguf", "--n_ctx", "4096", "--kv_type", "kvarn"]
+
+
+def test_serve_answers(tiny):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([str(script("kvarn")), "serve", tiny(), "--kv", "kvarn2", "--ctx", "1024", "--port", str(port),
+                                "--threads", "1", "--", "--no-ui"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, errors="replace")
+    try:
+        said = process.stderr.readline()
+        assert said.startswith(f"kvarn: http://127.0.0.1:{port}, cache kvarn2, 1024 tokens"), said
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        body = json.dumps({"prompt": "hello", "max_tokens": 4}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    assert json.load(answer)["usage"]["completion_tokens"] == 4
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert process.poll() is None, "the server ended"
+                time.sleep(0.1)
+        else:
+            raise AssertionError("the server does not answer")
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_patch_command_takes_options_anywhere(tmp_path):
+    for words in (["revert", "--discard", tmp_path], ["revert", tmp_path, "--discard"]):
+        done = run(script("kvarn"), "patch", *words)
+        assert done.returncode == 1
+        assert done.stderr.strip() == f"kvarn: {tmp_path} is not patched (no .kvarn-patched); nothing to revert"
+    assert "| all |" in run(script("kvarn"), "patch", "table").stdout

@@ -17,17 +17,24 @@ TOOLS = ("llama-cli", "llama-server", "llama-bench", "llama-perplexity", "llama-
 
 # command -> (module, what it is for)
 COMMANDS = {
+    "chat": ("chat", "talk to a model in the terminal"),
+    "run": ("chat", "answer one prompt, from the command line or from a pipe"),
+    "serve": ("serve", "an OpenAI-compatible server"),
     "plan": ("plan", "the largest context that fits into a GPU's or the main memory, for every cache type"),
     "demo": ("demo", "decode the same problems with f16, q4_0 and kvarn caches, and compare"),
     "bench": ("bench", "decode and prefill speed at depth, cache types side by side"),
     "eval": ("evaluation", "how far each cache type takes a model away from f16"),
+    "doctor": ("doctor", "which libraries, devices and kernels are in use, and what makes them slow"),
+    "patch": ("patch", "put KVarN into a llama.cpp checkout of your own, and take it out again"),
     "tool": ("", "run a bundled tool: " + ", ".join(TOOLS)),
     "env": ("", "print the exports that make any llama-cpp-python use these libraries: eval \"$(kvarn env)\""),
+    "completion": ("completion", "print a completion script for bash, zsh or fish"),
 }
 
 EPILOG = """examples:
   kvarn plan model.gguf --vram 24G        which cache type leaves room for how much context
-  kvarn plan --help                       every command explains itself
+  kvarn chat model.gguf --kv kvarn        keys in 4 bits, values in 2
+  kvarn chat --help                       every command explains itself
 
 exit status: 0 done, 1 refused or failed (one line says why), 2 wrong usage, 130 interrupted
 """
@@ -120,8 +127,17 @@ def build_parser(wanted: "set[str] | None" = None) -> argparse.ArgumentParser:
 def main(argv: "list[str] | None" = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     name = next((word for word in words if not word.startswith("-")), "")
-    args = build_parser({name}).parse_args(words)
-    args.words = words[words.index(name) + 1:]
+    if name == "patch":          # its options may stand between its positional arguments, which subcommands cannot parse
+        return int(command_module(name).main(words[words.index(name) + 1:], "kvarn patch"))
+    rest: "list[str]" = []
+    if name == "serve" and "--" in words:
+        words, rest = words[:words.index("--")], words[words.index("--") + 1:]
+    parser = build_parser({name})
+    args, late = parser.parse_known_args(words)
+    if late and (name != "run" or any(word.startswith("-") for word in late)):
+        parser.error(f"unrecognized arguments: {' '.join(late)}; kvarn {name} --help lists what it takes")
+    args.words, args.rest = words[words.index(name) + 1:] if name else [], rest
+    args.late = late             # of a prompt, what stands after options
     try:
         if args.command == "tool":
             return execute(args.tool, args.arguments)

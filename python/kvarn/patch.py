@@ -28,6 +28,11 @@ if __package__:
 else:  # run as a file, by CMake
     from upstream import Failure, Pin, commit_of, read_pin, source_dir
 
+EXAMPLE = """examples:
+  kvarn patch check ~/llama.cpp      would it go in? changes nothing
+  kvarn patch apply ~/llama.cpp      all or nothing; then build as usual, with -ctk kvarn4 -ctv kvarn2
+  kvarn patch revert ~/llama.cpp     the pristine tree again, byte for byte
+"""
 STAMP = ".kvarn-patched"
 BACKUP = ".kvarn-pristine"
 HUNK = re.compile(r"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
@@ -345,8 +350,7 @@ def refresh(tree: Path, source: Path, base: "str | None") -> str:
     return table(read_series(source))
 
 
-def main(argv: "list[str] | None" = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kvarn.patch", description="Puts KVarN into a llama.cpp tree and out.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("apply", "check", "revert", "refresh", "table"))
     parser.add_argument("tree", nargs="?", type=Path, help="a llama.cpp tree (not for table)")
     parser.add_argument("--source", type=Path, help="another ggml-kvarn folder")
@@ -354,9 +358,12 @@ def main(argv: "list[str] | None" = None) -> int:
     parser.add_argument("--any-commit", action="store_true", help="apply, check: do not ask which commit the tree is at")
     parser.add_argument("--discard", action="store_true", help="revert: drop edits made after the patches went in")
     parser.add_argument("--base", help="refresh: the commit before the first patch")
-    args = parser.parse_intermixed_args(argv)
+
+
+def run(args: argparse.Namespace) -> int:
     if args.tree is None and args.action != "table":
-        parser.error(f"{args.action} needs the llama.cpp tree")
+        print(f"kvarn: {args.action} needs the llama.cpp tree: kvarn patch {args.action} TREE", file=sys.stderr)
+        return 2
     try:
         source = args.source or source_dir()
         tree = args.tree.absolute() if args.tree else None
@@ -375,6 +382,13 @@ def main(argv: "list[str] | None" = None) -> int:
         print(f"kvarn: {failure}", file=sys.stderr)
         return 1
     return 0
+
+
+def main(argv: "list[str] | None" = None, prog: str = "python -m kvarn.patch") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description="Puts KVarN into a llama.cpp tree and out.",
+                                     epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    return run(parser.parse_intermixed_args(argv))
 
 
 if __name__ == "__main__":
