@@ -1,7 +1,7 @@
 """test_llama_shift.py - positions that change after the fact (context shift, self-extend), and sinks.
 
-Moving every token of a sequence by the same distance changes nothing that attention sees, so the reference is a fresh f16 context that
-is fed at the new positions; where only some move, an f16 cache that goes through the same steps.
+Moving every token of a sequence by the same distance changes nothing that attention sees, so the reference is a fresh f16 context
+that is fed at the new positions; where only some move, an f16 cache that goes through the same steps.
 
 SPDX-License-Identifier: MIT
 """
