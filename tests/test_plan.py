@@ -27,7 +27,7 @@ GENERATED = ["qwen35", "falcon-h1", "lfm2", "nemotron_h", "jamba", "llama4", "gp
 def allocated(path: str, keys: str, values: str, n_ctx: int, n_ubatch: int, n_seq: int, unified: bool) -> "dict[str, float]":
     """MiB by the library's own log."""
     import llama_session
-    from kvarn.llama import read_size
+    from kvarn.kv_info import read_size
 
     with llama_session.Context(path, keys, values, n_ctx=n_ctx, n_ubatch=n_ubatch, n_batch=max(512, n_ubatch), n_seq=n_seq,
                                unified=unified) as context:

@@ -55,8 +55,7 @@ def test_unknown_kv_type(given):
 
 
 def test_size_is_read_from_the_log():
-    pytest.importorskip("llama_cpp")
-    from kvarn.llama import read_size
+    from kvarn.kv_info import read_size
 
     size = read_size([
         "kvarn: keys kvarn4: 4.375 bits per value, 20 tiles of 128 tokens per stream (16 asked for), head size 128",

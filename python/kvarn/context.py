@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from . import kvtype
+from .kv_info import read_size
 from .library import library_file
-from .llama import LIBRARY, read_size
+from .llama import LIBRARY
 from .llama import llama_cpp as api
 from .log import CapturedLog
 

@@ -8,8 +8,8 @@ import ctypes
 import re
 import struct
 
+from .cache_size import bits_of
 from .context import Context, Model, api
-from .llama import bits_of
 from .log import CapturedLog
 
 G = 128                 # tokens per tile

@@ -3,16 +3,21 @@
     Llama("model.gguf", kv_type="kvarn")                 kvarn4 keys, kvarn2 values: the setting the authors ship
     Llama("model.gguf", kv_type="kvarn4/kvarn2")         the same, spelled out: KEYS/VALUES
     Llama("model.gguf", type_k="kvarn3", type_v="f16")   one side each, by name or by id
+    with Llama("model.gguf", kv_type="kvarn") as llm:    freed at the end of the block
+        print(llm.kv_info())                             what the cache takes, and what f16 would
 
 SPDX-License-Identifier: MIT
 """
 
 import contextlib
 import ctypes
-import re
-from typing import NamedTuple
+import os
+from html import escape
+from types import TracebackType
+from typing import Any, Dict, Optional, Sequence, Type, Union
 
 from . import kvtype
+from .kv_info import KVInfo, KVSize, info_of, read_size
 from .library import load
 
 LIBRARY = load()  # before llama_cpp: it takes its libraries when it is imported
@@ -21,72 +26,10 @@ import llama_cpp  # noqa: E402
 
 from .log import CapturedLog  # noqa: E402
 
-_NUMBER = r"\s*([\d.]+)"
-_SIZE = re.compile(rf"size ={_NUMBER} MiB \({_NUMBER} cells,{_NUMBER} layers.*"
-                   rf"K \((\w+)\):{_NUMBER} MiB, V \((\w+)\):{_NUMBER} MiB")
-_SIDE = re.compile(rf"kvarn: (keys|values) (\w+):{_NUMBER} bits per value,{_NUMBER} tiles of{_NUMBER} tokens per stream "
-                   rf"\({_NUMBER} asked")
-_TAIL = re.compile(rf"kvarn: tail ={_NUMBER} MiB")
+__all__ = ["LIBRARY", "KVInfo", "KVSize", "Llama", "install", "llama_cpp", "read_size", "type_id"]
 
 
-class KVSize(NamedTuple):
-    """What a context allocated for keys and values."""
-
-    keys: str          # type names
-    values: str
-    keys_mib: float
-    values_mib: float
-    tail_mib: float    # tokens that are not in a full tile yet, in f16; 0 without kvarn
-    f16_mib: float     # what f16 takes for the same number of tokens
-    stored_mib: float  # keys and values of these tokens alone, without tail and spare tiles
-
-    @property
-    def mib(self) -> float:
-        return self.keys_mib + self.values_mib + self.tail_mib
-
-    @property
-    def bits_per_value(self) -> float:
-        """Everything allocated, spread over the tokens the user asked for."""
-        return 16*self.mib/self.f16_mib if self.f16_mib else 0.0
-
-    @property
-    def stored_bits(self) -> float:
-        """Bits per value of the types themselves: what a long context comes close to."""
-        return 16*self.stored_mib/self.f16_mib if self.f16_mib else 0.0
-
-    def __str__(self) -> str:
-        return (f"KV cache {kvtype.label(self.keys, self.values)}: {self.mib:.2f} MiB, {self.bits_per_value:.2f} bits per value "
-                f"(f16: {self.f16_mib:.2f} MiB)")
-
-
-def bits_of(name: str) -> float:
-    """Stored bits per value of a row-wise type."""
-    return {"f32": 32.0, "f16": 16.0, "bf16": 16.0,
-            "q8_0": 8.5, "q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0, "q4_0": 4.5, "iq4_nl": 4.5}[name]
-
-
-def read_size(lines: "list[str]") -> KVSize:
-    """Sums the size lines of all caches of a context (a model with sliding windows has two)."""
-    keys = values = "f16"
-    total = {"keys": 0.0, "values": 0.0, "tail": 0.0, "f16": 0.0, "stored": 0.0}
-    sides = {match.group(1): (float(match.group(3)), float(match.group(4))/float(match.group(6)))
-             for match in map(_SIDE.search, lines) if match}  # bits per value, tokens allocated per token asked for
-    for line in lines:
-        tail, size = _TAIL.search(line), _SIZE.search(line)
-        if tail:
-            total["tail"] += float(tail.group(1))
-        if size:
-            for which, name, mib in (("keys", size.group(4), size.group(5)), ("values", size.group(6), size.group(7))):
-                bits, spare = sides.get(which, (16.0, 1.0)) if kvtype.is_kvarn(name) else (bits_of(name), 1.0)
-                total[which] += float(mib)
-                total["stored"] += float(mib)/spare
-                total["f16"] += float(mib)*16/bits/spare
-            if not kvtype.is_kvarn(keys, values):
-                keys, values = size.group(4), size.group(6)
-    return KVSize(keys, values, total["keys"], total["values"], total["tail"], total["f16"], total["stored"])
-
-
-def type_id(given: "str | int") -> int:
+def type_id(given: Union[str, int]) -> int:
     """Id of a cache type given by name or id; ValueError if the library does not have it."""
     if isinstance(given, str):
         if given not in kvtype.NAMES:
@@ -99,19 +42,24 @@ def type_id(given: "str | int") -> int:
 
 
 class Llama(llama_cpp.Llama):
-    """llama_cpp.Llama on the patched libraries.
+    """llama_cpp.Llama on the patched libraries: the same methods, and what they do is the same with every cache type.
 
-    kv_type     "kvarn", "kvarn2", "kvarn3", "kvarn4", any type of llama.cpp, or "KEYS/VALUES"; None: f16
+    kv_type          "kvarn", "kvarn2", "kvarn3", "kvarn4", any type of llama.cpp, or "KEYS/VALUES"; None: f16
     type_k, type_v   the same side by side, by name or id; not together with kv_type
-    flash_attn  None: on where a type needs it
-    swa_full    None: off with kvarn types, else llama.cpp's default
+    flash_attn       None: on where a type needs it
+    swa_full         None: off with kvarn types, else llama.cpp's default
+    verbose, kwargs  llama_cpp.Llama's
+
+    ValueError if a name is unknown or the model cannot have such a cache; the message has llama.cpp's own reason.
+    kv_size holds what was allocated; kv_info() adds how much of it is in use and what f16 would take.
     """
 
     _stack = contextlib.ExitStack()  # what close() asks for when __init__ refused before it got its own
+    kv_size: KVSize
 
-    def __init__(self, model_path: str, *, kv_type: "str | None" = None, type_k: "str | int | None" = None,
-                 type_v: "str | int | None" = None, flash_attn: "bool | None" = None, swa_full: "bool | None" = None,
-                 verbose: bool = True, **kwargs):
+    def __init__(self, model_path: str, *, kv_type: Optional[str] = None, type_k: Union[str, int, None] = None,
+                 type_v: Union[str, int, None] = None, flash_attn: Optional[bool] = None, swa_full: Optional[bool] = None,
+                 verbose: bool = True, **kwargs: Any):
         if kv_type is not None:
             if type_k is not None or type_v is not None:
                 raise ValueError("give kv_type, or type_k and type_v, not both")
@@ -134,7 +82,31 @@ class Llama(llama_cpp.Llama):
                 raise type(error)(f"{error}: {reason}" if reason else str(error)) from None
         self.kv_size = read_size(log.lines)
 
-    def eval(self, tokens) -> None:
+    def kv_info(self) -> KVInfo:
+        """Type, bits per value, bytes allocated and saved against f16, tokens in use: a line, or a table in a notebook."""
+        return info_of(self.kv_size, self.n_ctx(), self.n_tokens)
+
+    def __enter__(self) -> "Llama":
+        return self
+
+    def __exit__(self, kind: Optional[Type[BaseException]], error: Optional[BaseException],
+                 trace: Optional[TracebackType]) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        name = os.path.basename(getattr(self, "model_path", ""))
+        if not hasattr(self, "kv_size"):
+            return f"<kvarn.Llama {name}, not loaded>"
+        return f"<kvarn.Llama {name}, {self.kv_info()}>"
+
+    def _repr_html_(self) -> str:
+        if not hasattr(self, "kv_size"):
+            return escape(repr(self))
+        name = self.metadata.get("general.name") or os.path.basename(self.model_path)
+        return f"<b>{escape(name)}</b>{self.kv_info()._repr_html_()}"
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Decodes tokens after those in the cache. RuntimeError, before anything is decoded, if they do not fit."""
         room = self.n_ctx() - self.n_tokens
         if len(tokens) > room:
             raise RuntimeError(f"{len(tokens)} more tokens do not fit: {self.n_tokens} of n_ctx = {self.n_ctx()} are in use; "
@@ -149,6 +121,7 @@ class Llama(llama_cpp.Llama):
     # states without the scores array: it is not filled unless logits_all, and is a hundred times the size of a small cache
 
     def save_state(self) -> "llama_cpp.LlamaState":
+        """A copy of cache and tokens, to go on from later; picklable. Without logits, unless logits_all."""
         scores = self.scores
         if not self._logits_all:
             self.scores = scores[:0]
@@ -161,6 +134,7 @@ class Llama(llama_cpp.Llama):
         return state
 
     def load_state(self, state: "llama_cpp.LlamaState") -> None:
+        """Goes back to a saved state. RuntimeError, with an empty cache, if it is another model's or type's, or damaged."""
         n = state.n_tokens
         if n > len(self.input_ids):
             raise RuntimeError(f"the state holds {n} tokens, this context takes {self.n_ctx()}; use a larger n_ctx")
@@ -178,8 +152,8 @@ class Llama(llama_cpp.Llama):
         self._requires_eval = True
         self._seed = state.seed
 
-    def __getstate__(self):
-        state = super().__getstate__()
+    def __getstate__(self) -> "Dict[str, Any]":
+        state: "Dict[str, Any]" = super().__getstate__()
         for side in ("type_k", "type_v"):  # ids are the library's own; names outlive it
             state[side] = LIBRARY.name(state[side])
         return state
