@@ -26,7 +26,6 @@
 extern "C" {
 #define WEAK __attribute__((weak))
 WEAK void * __tsan_create_fiber(unsigned flags);
-WEAK void   __tsan_destroy_fiber(void * fiber);
 WEAK void   __tsan_switch_to_fiber(void * fiber, unsigned flags);
 WEAK void * __tsan_get_current_fiber(void);
 WEAK void   __tsan_acquire(void * p);
@@ -49,7 +48,9 @@ struct msl_call { // as in the shim
 msl_call msl_current;
 }
 
-enum { LANES = 32, SLOT = 64, STACK = 256*1024, TSAN_FIBERS = 240, MEMORY_MAX = 32*1024, MEM_NONE = 0 };
+enum { LANES = 32, SLOT = 64, STACK = 256*1024, FIBERS = 241, THREADS_MAX = 1024, MEMORY_MAX = 32*1024, MEM_NONE = 0 };
+
+static const uint32_t ALL_LANES = 0xffffffffu;
 
 struct kernel_entry { std::string name; void (*entry)(void); };
 struct constant_entry { int number; int32_t * place; };
@@ -152,16 +153,23 @@ struct fiber {
 };
 
 struct simdgroup {
-    char slots[2][LANES*SLOT]; // what lanes publish; two, for a lane may be one collective ahead of another
-    uint64_t sync[2];        // TSan's names for the barrier of odd and even phases
+    alignas(SLOT) char slots[2][LANES*SLOT]; // what lanes publish; two, for a lane may be one collective ahead of another
+    uint32_t lanes[4]; // by state: bit of a lane
 };
 
 static const msl_dispatch    * job;
 static void                 (* job_entry)(void);
 static std::vector<fiber>      fibers;
-static std::vector<simdgroup>  simdgroups;
-static uint64_t                group_sync[2];
+static simdgroup               simdgroups[THREADS_MAX/LANES]; // not on the heap: lanes read slots, and TSan sees who frees
 static uint64_t                start_sync, end_sync;
+
+// TSan's names for barriers, of odd and even phases: of a simdgroup, last those of the threadgroup. Threadgroups have their own,
+// for a barrier of one does not order what another does.
+enum { SYNC_GROUPS = 64 };
+static uint64_t                syncs[SYNC_GROUPS][THREADS_MAX/LANES + 1][2];
+static uint32_t                groups_run;
+
+static uint64_t * sync_of(int simdgroup) { return syncs[groups_run % SYNC_GROUPS][simdgroup]; }
 static uint32_t                group_at[3];
 static int                     current = -1;
 static void                  * main_tsan;
@@ -221,6 +229,13 @@ static void to_fiber(fiber & f) { swapcontext(&main_context, &f.context); }
 static void to_main (fiber & f) { swapcontext(&f.context, &main_context); }
 #endif
 
+static void set_state(int index, state is) {
+    simdgroup & group = simdgroups[index/LANES];
+    group.lanes[fibers[index].is] &= ~(1u << index%LANES);
+    group.lanes[is]               |=   1u << index%LANES;
+    fibers[index].is = is;
+}
+
 static void yield_to_main(void) {
     if (__tsan_switch_to_fiber) {
         __tsan_switch_to_fiber(main_tsan, 1);
@@ -236,7 +251,7 @@ static void fiber_main(void) {
     if (__tsan_release) {
         __tsan_release(&end_sync);
     }
-    fibers[current].is = DONE;
+    set_state(current, DONE);
     yield_to_main();
     abort();
 }
@@ -245,7 +260,6 @@ static void resume(int index) {
     fiber & f = fibers[index];
     current = index;
     if (f.line == 0) { // not started: what the entry function reads first
-        copy((char *) msl_current.buffer, (const char *) job->buffer, sizeof(msl_current.buffer));
         msl_current.group           = { group_at[0], group_at[1], group_at[2] };
         msl_current.thread_in_group = { (uint32_t) index, 0, 0 };
         msl_current.groups          = { job->groups[0], job->groups[1], job->groups[2] };
@@ -265,7 +279,7 @@ static void resume(int index) {
 
 static void wait_at(state is, int line, int column, int flags) {
     fiber & f = fibers[current];
-    f.is     = is;
+    set_state(current, is);
     f.line   = line;
     f.column = column;
     f.flags  = flags;
@@ -292,24 +306,19 @@ static void barrier(state is, uint64_t * sync, int line, int column, int flags) 
     }
 }
 
-extern "C" void msl_exchange(int line, int column, const void * mine, int size, void * all) {
-    if (size > SLOT) {
-        fail("a collective of more than 64 bytes", fibers[current], current);
-    }
+extern "C" void msl_exchange(int line, int column, const void * mine, int size, const void ** all) {
     char * slots = simdgroups[current/LANES].slots[fibers[current].exchanges++ % 2];
     copy(slots + current%LANES*SLOT, (const char *) mine, size);
     wait_at(SIMD, line, column, size);
-    for (int i = 0; i < LANES; ++i) {
-        copy((char *) all + i*size, slots + i*SLOT, size);
-    }
+    *all = slots;
 }
 
 extern "C" void msl_simdgroup_barrier(int line, int column, int flags) {
-    barrier(SIMD, simdgroups[current/LANES].sync, line, column, flags);
+    barrier(SIMD, sync_of(current/LANES), line, column, flags);
 }
 
 extern "C" void msl_threadgroup_barrier(int line, int column, int flags) {
-    barrier(GROUP, group_sync, line, column, flags);
+    barrier(GROUP, sync_of(THREADS_MAX/LANES), line, column, flags);
 }
 
 extern "C" int msl_lane(void) { return current % LANES; }
@@ -327,22 +336,19 @@ static bool all_at_the_same_place(int begin, int end, state is) {
 
 static void release(int begin, int end) {
     for (int i = begin; i < end; ++i) {
-        fibers[i].is = READY;
+        set_state(i, READY);
     }
 }
 
 // called when thread `index` has stopped
 static void settle(int index) {
+    const simdgroup & group = simdgroups[index/LANES];
+    if (group.lanes[READY] != 0 || group.lanes[DONE] == ALL_LANES) {
+        return;
+    }
     const int begin = index/LANES*LANES;
     const int end   = begin + LANES;
     const int n     = (int) fibers.size();
-    int is[4] = { 0 };
-    for (int i = begin; i < end; ++i) {
-        is[fibers[i].is]++;
-    }
-    if (is[READY] > 0 || is[DONE] == LANES) {
-        return;
-    }
     if (all_at_the_same_place(begin, end, SIMD)) {
         release(begin, end);
         return;
@@ -352,11 +358,11 @@ static void settle(int index) {
         while (fibers[at].is == DONE) {
             ++at;
         }
-        fail(is[DONE] > 0 ? "threads have returned while others wait"
-                          : "divergent flow: the lanes of a simdgroup wait at different places", fibers[at], at);
+        fail(group.lanes[DONE] != 0 ? "threads have returned while others wait"
+                                    : "divergent flow: the lanes of a simdgroup wait at different places", fibers[at], at);
     }
-    for (int i = 0; i < n; ++i) {
-        if (fibers[i].is == READY || fibers[i].is == SIMD) {
+    for (int g = 0; g < n/LANES; ++g) {
+        if ((simdgroups[g].lanes[READY] | simdgroups[g].lanes[SIMD]) != 0) {
             return;
         }
     }
@@ -366,62 +372,77 @@ static void settle(int index) {
     release(0, n);
 }
 
-static int pick(int last) {
-    static std::vector<int> ready;
-    const int  n    = (int) fibers.size();
-    const bool deep = job->schedule.kind == msl_schedule::DEPTH_FIRST && last >= 0;
-    ready.clear();
-    for (int only_last = deep ? 1 : 0; only_last >= 0 && ready.empty(); --only_last) {
-        for (int i = 0; i < n; ++i) {
-            if (fibers[i].is == READY && (!only_last || i/LANES == last/LANES)) {
-                ready.push_back(i);
-            }
-        }
+// the lane of the which-th bit
+static int lane_of(uint32_t lanes, uint32_t which) {
+    while (which-- > 0) {
+        lanes &= lanes - 1;
     }
-    if (ready.empty()) {
+    return __builtin_ctz(lanes);
+}
+
+// the thread to run next, -1 if none is ready
+static int pick(int last) {
+    const int n = (int) fibers.size()/LANES;
+    int first = 0;
+    int end   = n;
+    if (job->schedule.kind == msl_schedule::DEPTH_FIRST && last >= 0 && simdgroups[last/LANES].lanes[READY] != 0) {
+        first = last/LANES;
+        end   = first + 1;
+    }
+    uint32_t n_ready = 0;
+    for (int g = first; g < end; ++g) {
+        n_ready += __builtin_popcount(simdgroups[g].lanes[READY]);
+    }
+    if (n_ready == 0) {
         return -1;
     }
+    uint32_t which = 0;
     switch (job->schedule.kind) {
-        case msl_schedule::FORWARD: return ready.front();
-        case msl_schedule::REVERSE: return ready.back();
-        default:                    return ready[random_below((uint32_t) ready.size())];
+        case msl_schedule::FORWARD: break;
+        case msl_schedule::REVERSE: which = n_ready - 1; break;
+        default:                    which = random_below(n_ready);
     }
+    int g = first;
+    for (uint32_t here; which >= (here = __builtin_popcount(simdgroups[g].lanes[READY])); ++g) {
+        which -= here;
+    }
+    return g*LANES + lane_of(simdgroups[g].lanes[READY], which);
 }
 
-static std::vector<char *> stacks;
+// A stack, and the fiber that TSan takes for its owner: it must have run a thread before another one uses the stack, and remembers
+// what that thread did. In a ring, so that threads of neighbouring groups with the same index are not the same to TSan.
+struct owned_stack {
+    char * stack;
+    void * tsan;
+};
 
-static char * new_stack(void) {
-    if (!stacks.empty()) {
-        char * stack = stacks.back();
-        stacks.pop_back();
-        return stack;
+static const owned_stack & next_stack(int n_threads) {
+    static std::vector<owned_stack> ring;
+    static size_t at = 0;
+    while (ring.size() < (size_t) std::max<int>(FIBERS, n_threads + 1)) {
+        void * stack = mmap(NULL, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (stack == MAP_FAILED) {
+            fprintf(stderr, "executor: no memory for stacks\n");
+            _exit(4);
+        }
+        ring.push_back({ (char *) stack, __tsan_create_fiber ? __tsan_create_fiber(0) : NULL });
     }
-    void * stack = mmap(NULL, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (stack == MAP_FAILED) {
-        fprintf(stderr, "executor: no memory for stacks\n");
-        _exit(4);
-    }
-    return (char *) stack;
+    at = (at + 1)%ring.size();
+    return ring[at];
 }
-
-static void old_stack(char * stack) {
-    if (__tsan_create_fiber) { // a second life would look like a race
-        munmap(stack, STACK);
-    } else {
-        stacks.push_back(stack);
-    }
-}
-
-static std::vector<void *> kept; // TSan's view of fibers that are done: it forgets the accesses of destroyed ones
 
 static void run_group(void) {
     const int n = (int) job->threads;
     fibers.assign(n, fiber());
-    simdgroups.assign(n/LANES, simdgroup());
+    for (int g = 0; g < n/LANES; ++g) {
+        memset(simdgroups[g].lanes, 0, sizeof(simdgroups[g].lanes));
+        simdgroups[g].lanes[READY] = ALL_LANES;
+    }
     msl_current.memory = job->memory ? msl_memory(job->memory, false) : NULL;
     for (fiber & f : fibers) {
-        f.stack = new_stack();
-        f.tsan = __tsan_create_fiber ? __tsan_create_fiber(0) : NULL;
+        const owned_stack & own = next_stack(n);
+        f.stack = own.stack;
+        f.tsan  = own.tsan;
         fiber_start(f);
     }
     if (__tsan_release) {
@@ -436,16 +457,7 @@ static void run_group(void) {
             fail("deadlock", fibers[i], i);
         }
     }
-    for (fiber & f : fibers) {
-        old_stack(f.stack);
-        if (f.tsan) {
-            kept.push_back(f.tsan);
-        }
-    }
-    while (kept.size() > TSAN_FIBERS) {
-        __tsan_destroy_fiber(kept.back());
-        kept.pop_back();
-    }
+    groups_run++;
     if (msl_current.memory) {
         msl_free(msl_current.memory, job->memory);
     }
@@ -459,13 +471,14 @@ void msl_run(const msl_dispatch & dispatch) {
             job_entry = k.entry;
         }
     }
-    const bool fits = dispatch.threads > 0 && dispatch.threads % LANES == 0 && dispatch.threads <= 1024;
+    const bool fits = dispatch.threads > 0 && dispatch.threads % LANES == 0 && dispatch.threads <= THREADS_MAX;
     if (!job_entry || !fits || dispatch.memory > MEMORY_MAX || dispatch.memory % 16 != 0) {
         fprintf(stderr, "executor: %s: %s\n", dispatch.kernel, !job_entry ? "no such kernel"
                 : !fits ? "threads must be a multiple of 32, 1024 at most"
                         : "threadgroup memory must be a multiple of 16 bytes, 32768 at most");
         _exit(3);
     }
+    copy((char *) msl_current.buffer, (const char *) dispatch.buffer, sizeof(msl_current.buffer));
     seed_random(dispatch.schedule.seed);
     main_tsan = __tsan_get_current_fiber ? __tsan_get_current_fiber() : NULL;
 
@@ -483,10 +496,6 @@ void msl_run(const msl_dispatch & dispatch) {
         group_at[2] = at / dispatch.groups[0] / dispatch.groups[1];
         run_group();
     }
-    for (void * fiber : kept) {
-        __tsan_destroy_fiber(fiber);
-    }
-    kept.clear();
     if (__tsan_acquire) {
         __tsan_acquire(&end_sync);
     }

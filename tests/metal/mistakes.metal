@@ -90,6 +90,17 @@ kernel void two_groups_one_word(ARGUMENTS) { // 2 threadgroups of 32
     }
 }
 
+kernel void two_groups_one_word_after_barriers(ARGUMENTS) { // a barrier orders nothing between groups
+    smem[lane] = in[group.x*32 + lane];
+    simdgroup_barrier(mem_flags::mem_threadgroup);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    out[group.x*32 + lane] = smem[lane];
+    if (lane == 0) {
+        out[32] = in[32];
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
 // ---- memory that was never written
 
 kernel void reads_before_writing(ARGUMENTS) {
