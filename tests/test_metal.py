@@ -36,9 +36,10 @@ def results(builds, attn_jobs, tile_jobs):
     jobs = {}
     for mode in MODES:
         few = mode not in ("plain", "fast-math")
-        jobs.update({("attn", mode): attn_jobs[few], ("seal", mode): tile_jobs["seal", few], ("get", mode): tile_jobs["get", few]})
+        jobs["attn", mode], jobs["seal", mode], jobs["get", mode] = attn_jobs[few], tile_jobs["seal", few], tile_jobs["get", few]
     pool = ThreadPoolExecutor(2)
-    futures = {(op, mode): pool.submit(builds.run, mode, [job for _, job, _ in jobs[op, mode]], SCHEDULES, op) for op, mode in jobs}
+    futures = {(op, mode): pool.submit(builds.run, mode, [job for _, job, _ in chosen], SCHEDULES, op)
+               for (op, mode), chosen in jobs.items()}
     yield {key: lambda key=key: list(zip(jobs[key], futures[key].result())) for key in jobs}
     pool.shutdown(cancel_futures=True)
 

@@ -1,6 +1,6 @@
 // backend-ggml.cpp - a ggml backend "MSL" that does GGML_OP_KVARN with the Metal glue and kernels, run by the executor.
-// The glue (metal/kvarn-metal-ggml.cpp) is included as in ggml-metal-ops.cpp; what it calls of ggml's Metal backend is implemented here,
-// on the same headers. A library for GGML_BACKEND_PATH, so that upstream's test-backend-ops compares it with the CPU.
+// The glue (metal/kvarn-metal-ggml.cpp) is included as in ggml-metal-ops.cpp; what it calls of ggml's Metal backend is implemented
+// here, on the same headers. A library for GGML_BACKEND_PATH, so that upstream's test-backend-ops compares it with the CPU.
 //
 // SPDX-License-Identifier: MIT
 
@@ -63,8 +63,8 @@ ggml_metal_pipeline_with_params ggml_metal_library_get_pipeline(ggml_metal_libra
     return res;
 }
 
-ggml_metal_pipeline_with_params ggml_metal_library_compile_pipeline(ggml_metal_library_t lib, const char * base, const char * name,
-                                                                    ggml_metal_cv_t cv) {
+ggml_metal_pipeline_with_params ggml_metal_library_compile_pipeline(
+        ggml_metal_library_t lib, const char * base, const char * name, ggml_metal_cv_t cv) {
     lib->pipelines[name] = { base, cv->values };
     return ggml_metal_library_get_pipeline(lib, name);
 }
@@ -94,7 +94,8 @@ void ggml_metal_encoder_set_threadgroup_memory_size(ggml_metal_encoder_t enc, si
     enc->dispatch.memory = size;
 }
 
-void ggml_metal_encoder_dispatch_threadgroups(ggml_metal_encoder_t enc, int tg0, int tg1, int tg2, int tptg0, int tptg1, int tptg2) {
+void ggml_metal_encoder_dispatch_threadgroups(
+        ggml_metal_encoder_t enc, int tg0, int tg1, int tg2, int tptg0, int tptg1, int tptg2) {
     GGML_ASSERT(tptg1 == 1 && tptg2 == 1);
     for (const auto & constant : enc->pipeline->constants) {
         msl_set_constant(constant.first, constant.second);
@@ -143,7 +144,10 @@ static const char * describe_device(ggml_backend_dev_t dev) { GGML_UNUSED(dev); 
 
 static void memory_of_device(ggml_backend_dev_t dev, size_t * free, size_t * total) { GGML_UNUSED(dev); *free = *total = 0; }
 
-static enum ggml_backend_dev_type type_of_device(ggml_backend_dev_t dev) { GGML_UNUSED(dev); return GGML_BACKEND_DEVICE_TYPE_GPU; }
+static enum ggml_backend_dev_type type_of_device(ggml_backend_dev_t dev) {
+    GGML_UNUSED(dev);
+    return GGML_BACKEND_DEVICE_TYPE_GPU;
+}
 
 static void props_of_device(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
     *props = {};

@@ -99,8 +99,8 @@ class Builds:
             for name in ("executor", "runner"):
                 if name not in HOST:
                     target = self.folder / f"{name}.o"
-                    call([compiler(), "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", *INCLUDES, "-c", HERE / f"{name}.cpp",
-                          "-o", target])
+                    call([compiler(), "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", *INCLUDES,
+                          "-c", HERE / f"{name}.cpp", "-o", target])
                     HOST[name] = target
         return list(HOST.values())
 
