@@ -13,13 +13,17 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := CMakeLists.txt pyproject.toml $(shell find ggml-kvarn python/kvarn -type f -not -path '*/__pycache__/*') \
            $(shell sed -n 's/^\([a-z].*[^ ]\) *->.*/\1/p' ggml-kvarn/overlay.txt)
 
-.PHONY: demo test setup check-tools clean
+.PHONY: demo test soak setup check-tools clean
 
 demo: .venv/installed
 	@$(BIN)/kvarn demo $(ARGS)
 
 test: .venv/tests-installed
 	@$(BIN)/python -m pytest $(ARGS)
+
+# half an hour of llama-server under a mixed load (tests/soak.py says what)
+soak: .venv/tests-installed
+	@$(BIN)/python tests/soak.py --minutes 30 --threads 2 --csv build/soak.csv $(ARGS)
 
 setup: .venv/installed
 

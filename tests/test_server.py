@@ -5,71 +5,21 @@ The server ends the whole process when a cache refuses to drop tokens, so every 
 SPDX-License-Identifier: MIT
 """
 
-import json
-import socket
-import subprocess
 import threading
-import time
-import urllib.error
-import urllib.request
 
 import pytest
+
+from llama_server import Server
 
 pytestmark = pytest.mark.tools
 
 TEXT = "The quick brown fox jumps over the lazy dog, and then " * 8   # 440 bytes, three tiles and a piece
-START_LIMIT = 120                                                     # seconds
-
-
-class Server:
-    def __init__(self, program, model, *options):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        command = [str(program), "-m", model, "--host", "127.0.0.1", "--port", str(port), "-c", "4096", "-np", "2", "-t", "1",
-                   "-fa", "on", *map(str, options)]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                        text=True, errors="replace")
-        self.said = []
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-        self._wait()
-
-    def _read(self):
-        for line in self.process.stdout:
-            self.said.append(line)
-
-    def _wait(self):
-        started = time.monotonic()
-        while time.monotonic() - started < START_LIMIT:
-            if self.process.poll() is not None:
-                raise AssertionError("llama-server ended:\n" + "".join(self.said[-30:]))
-            try:
-                if self.ask("/health")["status"] == "ok":
-                    return
-            except (urllib.error.URLError, ConnectionError):
-                time.sleep(0.1)
-        raise AssertionError(f"llama-server is not ready after {START_LIMIT} s:\n" + "".join(self.said[-30:]))
-
-    def ask(self, path: str, body: "dict | None" = None) -> dict:
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode() if body is not None else None,
-                                         {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
-
-    def complete(self, prompt: str, slot: int = 0, n: int = 24, **more) -> dict:
-        return self.ask("/completion", {"prompt": prompt, "n_predict": n, "temperature": 0, "id_slot": slot, "cache_prompt": True,
-                                        "ignore_eos": True, **more})
-
-    def close(self):
-        self.process.terminate()
-        self.process.wait(30)
+SMALL = ("-c", 4096, "-np", 2, "-t", 1)
 
 
 @pytest.fixture(scope="module")
 def server(tiny, bin_dir, tmp_path_factory):
-    one = Server(bin_dir / "llama-server", tiny(), "-ctk", "kvarn4", "-ctv", "kvarn2",
+    one = Server(bin_dir / "llama-server", tiny(), *SMALL, "-ctk", "kvarn4", "-ctv", "kvarn2",
                  "--slot-save-path", tmp_path_factory.mktemp("slots"))
     yield one
     one.close()
@@ -131,11 +81,18 @@ def test_server_is_still_the_same_process(server):
     assert server.process.poll() is None
 
 
-def test_context_shift_is_not_done(tiny, bin_dir):
-    one = Server(bin_dir / "llama-server", tiny(), "-ctk", "kvarn2", "-ctv", "kvarn2", "--context-shift")
-    try:
+@pytest.mark.parametrize("pool", ["--kv-unified", "--no-kv-unified"])
+def test_text_goes_on_after_a_context_shift(tiny, bin_dir, pool):
+    with Server(bin_dir / "llama-server", tiny(), *SMALL, "-ctk", "kvarn4", "-ctv", "kvarn2", "--context-shift", pool,
+                "--kv-unified-per-slot", 2048) as one:
         answer = one.complete(TEXT, n=3000)
-        assert answer["tokens_predicted"] < 3000
-        assert one.ask("/health")["status"] == "ok"
-    finally:
-        one.close()
+        assert answer["tokens_predicted"] == 3000 and answer["truncated"]
+        assert one.complete(TEXT, n=24)["tokens_predicted"] == 24
+
+
+def test_shifted_chunks_are_reused(tiny, bin_dir):
+    """A prompt without its beginning: the rest is taken from the cache, at other positions."""
+    with Server(bin_dir / "llama-server", tiny(), *SMALL, "-ctk", "kvarn4", "-ctv", "kvarn2", "--cache-reuse", 64) as one:
+        one.complete("These words come first and are gone in the second prompt. " + TEXT)
+        answer = one.complete(TEXT)
+        assert answer["timings"]["prompt_n"] < 200, "the words that both prompts have were read again"
