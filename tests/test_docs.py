@@ -3,8 +3,11 @@
 SPDX-License-Identifier: MIT
 """
 
+import importlib.util
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,7 +55,7 @@ def test_scripts_that_cmake_calls_need_only_the_standard_library():
     for name in ("upstream.py", "patch.py"):
         text = (ROOT / "python/kvarn" / name).read_text()
         imports = {found.split(".")[0] for found in re.findall(r"^\s*(?:import|from)\s+([\w.]+)", text, re.MULTILINE)}
-        assert imports <= {"argparse", "hashlib", "importlib", "json", "os", "pathlib", "re", "shutil", "subprocess", "sys",
+        assert imports <= {"argparse", "gzip", "hashlib", "importlib", "json", "os", "pathlib", "re", "shutil", "subprocess", "sys",
                            "tarfile", "tempfile", "time", "typing", "upstream", ""}, f"{name}: {imports}"
 
 
@@ -116,3 +119,13 @@ def test_ruff_is_silent():
     assert ruff
     done = subprocess.run([find_ruff_bin(), "check", str(ROOT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_types_are_strict():
+    """mypy --strict, as pyproject.toml has it."""
+    if importlib.util.find_spec("mypy") is None:
+        assert not os.environ.get("CI"), "mypy is missing: make's list of packages installs it"
+        pytest.skip("mypy is not installed: `make test` does it")
+    done = subprocess.run([sys.executable, "-m", "mypy", "--cache-dir", os.devnull], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -8,6 +8,7 @@ load(), lib_path(), bin_path(), codec, reference, embedded. SPDX-License-Identif
 """
 
 from importlib import import_module
+from typing import Any
 
 _FROM = {
     "Llama": "llama", "install": "llama",
@@ -19,7 +20,7 @@ _MODULES = ("codec", "embedded", "reference")
 __all__ = ["__version__", *_FROM, *_MODULES]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version  # slow to import, and rarely asked for
 
@@ -37,5 +38,5 @@ def __getattr__(name: str):
     return getattr(module, name)
 
 
-def __dir__():
+def __dir__() -> "list[str]":
     return sorted(__all__)

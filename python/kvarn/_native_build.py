@@ -21,7 +21,7 @@ def declarations(header: Path) -> str:
 
 
 def main(header: str, out: str) -> None:
-    from cffi import FFI
+    from cffi import FFI  # type: ignore[import-untyped]
 
     ffi = FFI()
     ffi.cdef(declarations(Path(header)))

@@ -5,6 +5,7 @@ repeated in the saved state, and that is loaded. All types are measured in turns
 does hits them alike; a figure is the median of its turns, the range is that of all turns. SPDX-License-Identifier: MIT
 """
 
+import argparse
 import csv
 import json
 import os
@@ -16,10 +17,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from . import kvtype
 from .progress import Bar
+
+if TYPE_CHECKING:
+    from .depth import FilledContext
 
 SLOW_PROMPT = 20.0      # seconds of a prefill turn that is not repeated
 CACHES = "f16,q8_0,q4_0,kvarn2,kvarn4/kvarn2"
@@ -43,7 +47,7 @@ class Row(NamedTuple):
     turns: int
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="FILE", help="a GGUF; default: random weights, 4 layers, 16 heads, 4 KV heads x 128")
     parser.add_argument("--caches", default=CACHES, help="kv types, compared with the first (default %(default)s)")
     parser.add_argument("--depths", default="0,512,4096,16384", help="tokens in the cache (default %(default)s)")
@@ -126,7 +130,7 @@ def write_model(path: Path, n_layer: int = 4, n_head: int = 16, n_head_kv: int =
 # --- turns ---
 
 
-def decode_turn(context, n: int, seconds: float, clock) -> float:
+def decode_turn(context: "FilledContext", n: int, seconds: float, clock: "Callable[[], float]") -> float:
     """Tokens per second of up to n tokens, one by one."""
     started = clock()
     for i in range(1, n + 1):
@@ -136,7 +140,7 @@ def decode_turn(context, n: int, seconds: float, clock) -> float:
     return i/(clock() - started)
 
 
-def prefill_turn(context, n: int, clock) -> float:
+def prefill_turn(context: "FilledContext", n: int, clock: "Callable[[], float]") -> float:
     """Tokens per second of one batch at the filled depth; the cache is as before afterwards."""
     context.load(context.state)
     started = clock()
@@ -150,13 +154,14 @@ def spread(speeds: "list[float]") -> "tuple[float | None, float | None, float | 
     return (statistics.median(speeds), min(speeds), max(speeds)) if speeds else (None, None, None)
 
 
-def measure(args, caches: "list[str]", depths: "list[int]", threads: "list[int]", prompt_depths: "set[int]",
-            path: str) -> "list[Row]":
+def measure(args: argparse.Namespace, caches: "list[str]", depths: "list[int]", threads: "list[int]",
+            prompt_depths: "set[int]", path: str) -> "list[Row]":
     from .context import Model
     from .depth import FilledContext
 
     model = Model(path, gpu_layers=0)
-    rows, bar = [], Bar("bench")
+    bar = Bar("bench")
+    rows: "list[Row]" = []
     total = len(depths)*len(caches)*(1 + len(threads))
     room = len(threads)*(args.rounds*args.tokens + 2) + args.prompt + 8
     for depth in depths:
@@ -178,10 +183,12 @@ def measure(args, caches: "list[str]", depths: "list[int]", threads: "list[int]"
     return rows
 
 
-def measure_depth(args, contexts, depth: int, n_threads: int, n_prompt_turns: int, show) -> "list[Row]":
+def measure_depth(args: argparse.Namespace, contexts: "list[FilledContext]", depth: int, n_threads: int, n_prompt_turns: int,
+                  show: "Callable[[str], None]") -> "list[Row]":
     """All caches in turns."""
     clock = time.process_time if args.cpu_time else time.perf_counter
-    decode, prefill = ([[] for _ in contexts] for _ in range(2))
+    decode: "list[list[float]]" = [[] for _ in contexts]
+    prefill: "list[list[float]]" = [[] for _ in contexts]
     for context in contexts:
         context.set_threads(n_threads)
         context.load(context.state)
@@ -241,7 +248,7 @@ def commit() -> str:
 
     done = subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "--short", "HEAD"],
                           capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else kvarn.__version__
+    return done.stdout.strip() if done.returncode == 0 else str(kvarn.__version__)
 
 
 def write_csv(path: str, rows: "list[Row]", command: str, model: str) -> None:
@@ -263,7 +270,7 @@ def numbers(text: str, what: str, least: int) -> "list[int]":
     return found
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     try:
         caches = [cache.strip() for cache in args.caches.split(",") if cache.strip()]
         for cache in caches:

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, cast
 
 from . import kvtype, thinking
 from .status_line import StatusLine
@@ -115,6 +115,11 @@ class Interrupt:
         signal.signal(signal.SIGINT, self.before)
 
 
+def parts_of(stream: Any) -> "Iterator[dict[str, Any]]":
+    """The parts of a streamed completion; its declared type is also that of a whole one."""
+    return iter(stream)
+
+
 class Talk:
     """A model and what was said so far."""
 
@@ -154,11 +159,11 @@ class Talk:
         sampling: "dict[str, Any]" = {"temperature": args.temp, "top_p": args.top_p, "top_k": args.top_k, "min_p": args.min_p,
                                       "max_tokens": args.max_tokens or None, "stream": True}
         if not self.has_template:
-            for part in self.llm.create_completion(text, **sampling):
+            for part in parts_of(self.llm.create_completion(text, **sampling)):
                 yield part["choices"][0]["text"]
             return
         self.messages.append({"role": "user", "content": text})
-        for part in self.llm.create_chat_completion(self.messages, **sampling):
+        for part in parts_of(self.llm.create_chat_completion(cast(Any, self.messages), **sampling)):
             yield part["choices"][0]["delta"].get("content") or ""
 
     def answer(self, text: str, line: StatusLine) -> str:

@@ -9,6 +9,7 @@ in ggml-kvarn/FORMAT.md; kvarn.reference is the same in plain numpy. The calls r
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ SIDES = {"k": 0, "v": 1}
 ffi = _native.ffi
 
 
-def _open():
+def _open() -> Any:
     """The C functions: from the compiled extension, or bound at run time where it was built without Python.h."""
     if hasattr(_native, "lib"):
         return _native.lib
@@ -40,7 +41,7 @@ def tile_bytes(D: int, bits: int) -> int:
     """Bytes of one tile of D channels; ValueError if there is no such tile."""
     if not isinstance(bits, (int, np.integer)) or bits not in (2, 3, 4):
         raise ValueError(f"bits must be 2, 3 or 4, not {bits!r}")
-    size = lib.kvarn_tile_bytes(int(D), int(bits))
+    size = int(lib.kvarn_tile_bytes(int(D), int(bits)))
     if size == 0:
         raise ValueError(f"no tile has {D} channels; D must be a multiple of 16 from 16 to 512")
     return size
@@ -52,7 +53,7 @@ def _side(side: str) -> int:
     return SIDES[side]
 
 
-def _array(name: str, a, dtype, ndim: int) -> np.ndarray:
+def _array(name: str, a: Any, dtype: Any, ndim: int) -> np.ndarray:
     """a, C-contiguous, if it has this dtype and at least ndim dimensions."""
     a = np.asarray(a)
     if a.dtype != dtype:
@@ -70,15 +71,15 @@ def _channels(name: str, tiles: np.ndarray, bits: int) -> int:
     raise ValueError(f"{name}: no {bits}-bit tile has {tiles.shape[-1]} bytes (D = 128: {tile_bytes(128, bits)}); wrong bits?")
 
 
-def _floats(a: np.ndarray):
+def _floats(a: np.ndarray) -> Any:
     return ffi.cast("float *", a.ctypes.data)
 
 
-def _bytes(a: np.ndarray):
+def _bytes(a: np.ndarray) -> Any:
     return ffi.cast("uint8_t *", a.ctypes.data)
 
 
-def seal(x, side: str = "k", bits: int = 4) -> np.ndarray:
+def seal(x: Any, side: str = "k", bits: int = 4) -> np.ndarray:
     """x float32 [.., 128, D], rotated -> tiles uint8 [.., tile_bytes]. NaN counts as 0, values are clamped to +-65504."""
     x, side_id = _array("x", x, np.float32, 2), _side(side)
     *batch, n_tokens, D = x.shape
@@ -91,7 +92,7 @@ def seal(x, side: str = "k", bits: int = 4) -> np.ndarray:
     return tiles
 
 
-def unseal(tiles, side: str = "k", bits: int = 4) -> np.ndarray:
+def unseal(tiles: Any, side: str = "k", bits: int = 4) -> np.ndarray:
     """tiles uint8 [.., tile_bytes] -> x float32 [.., 128, D]; the size of a tile tells D."""
     tiles, side_id = _array("tiles", tiles, np.uint8, 1), _side(side)
     D = _channels("tiles", tiles, bits)
@@ -101,7 +102,7 @@ def unseal(tiles, side: str = "k", bits: int = 4) -> np.ndarray:
     return x
 
 
-def attend(q, k, v, bits_k: int = 4, bits_v: int = 4, scale: "float | None" = None) -> np.ndarray:
+def attend(q: Any, k: Any, v: Any, bits_k: int = 4, bits_v: int = 4, scale: "float | None" = None) -> np.ndarray:
     """Softmax attention from the codes: q float32 [n_q, D] -> float32 [n_q, D].
 
     k, v   tiles of one KV head, uint8 [n_tiles, tile_bytes]; q is rotated like the keys, the result like the values
@@ -116,7 +117,7 @@ def attend(q, k, v, bits_k: int = 4, bits_v: int = 4, scale: "float | None" = No
         raise ValueError(f"q has {D} channels, the tiles of k {_channels('k', k, bits_k)}, of v {_channels('v', v, bits_v)}")
     if len(k) != len(v) or len(k) == 0:
         raise ValueError(f"k and v need the same number of tiles, at least one; they have {len(k)} and {len(v)}")
-    out = np.empty_like(q)
+    out = np.empty(q.shape, np.float32)
     scale = 1.0 / math.sqrt(D) if scale is None else scale
     lib.kvarn_attend_ref(bits_k, bits_v, D, len(q), len(k), _floats(q), _bytes(k), _bytes(v), scale, _floats(out))
     return out

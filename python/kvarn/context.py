@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import os
 from pathlib import Path
+from typing import Iterator, Sequence
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Tensor(ctypes.Structure):
                 ("name", ctypes.c_char*64)]
 
 
-def _ggml():
+def _ggml() -> ctypes.CDLL:
     handle = ctypes.CDLL(str(library_file(LIBRARY.path, "ggml-base")))
     handle.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
     handle.ggml_get_name.argtypes, handle.ggml_get_name.restype = [ctypes.c_void_p], ctypes.c_char_p
@@ -40,13 +41,13 @@ class AttentionTap:
     rows[layer] is f32 [tokens of the last decode, channels]. Copying them takes time: listening says whether it is wanted.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.listening = True
         self.ggml = _ggml()
         self.rows: "dict[str, np.ndarray]" = {}
         self.callback = api.ggml_backend_sched_eval_callback(self._see)
 
-    def _see(self, address, ask, _) -> bool:
+    def _see(self, address: int, ask: bool, _: object) -> bool:
         if not self.listening:
             return not ask
         tensor = Tensor.from_address(address)
@@ -104,7 +105,7 @@ class Model:
 
 
 @contextlib.contextmanager
-def _strict(on: bool):
+def _strict(on: bool) -> "Iterator[None]":
     """KVARN_STRICT while a context is made: tiles are read as soon as they are full, no f16 tail beyond that."""
     before = os.environ.get("KVARN_STRICT")
     if on:
@@ -139,7 +140,7 @@ class Context:
         self.n_tokens = 0
         self.batch = api.llama_batch_init(n_ubatch, 0, 1)
 
-    def decode(self, tokens, all_logits: bool = True) -> np.ndarray:
+    def decode(self, tokens: "Sequence[int]", all_logits: bool = True) -> np.ndarray:
         """Decodes at most n_ubatch tokens; logits f32 [len(tokens), vocabulary], or [1, ..] of the last. The library's array."""
         batch, n = self.batch, len(tokens)
         batch.n_tokens = n

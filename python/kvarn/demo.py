@@ -7,13 +7,19 @@ instead, and every cache is compared with what f16 wrote.
 SPDX-License-Identifier: MIT
 """
 
+import argparse
+import functools
 import os
 import sys
 import time
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Callable, NamedTuple
 
 from . import kvtype
+from .kv_info import KVSize
 from .progress import Bar
+
+if TYPE_CHECKING:
+    from .embedded import Score
 
 CACHES = ("f16", "q4_0", "kvarn4/kvarn2", "kvarn2")
 FAMILIES = ("hop", "vm", "sort", "bank", "fsm", "dag")
@@ -35,20 +41,20 @@ class Task(NamedTuple):
     prompt: str
     n_expected: int     # tokens the answer should have, for the progress bar
     n_max: int          # tokens after which decoding stops
-    judge: "object | None"
+    judge: "Callable[[str], Score] | None"
 
 
 class Run(NamedTuple):
     """What one cache did."""
 
     cache: str
-    size: "object"      # llama.KVSize
+    size: KVSize
     texts: "list[bytes]"
     n_tokens: int
     seconds: float
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="short problems: under a minute on two cores")
     parser.add_argument("--model", metavar="FILE", help="your own GGUF instead of the embedded model")
     parser.add_argument("--prompt", default=PROMPT, help="with --model: the text to continue")
@@ -71,7 +77,7 @@ def embedded_tasks(quick: bool) -> "tuple[str, list[Task]]":
         smallest, largest = (300, 500) if quick else (900, 1600)
         for problem in embedded.problems(family, 1, SEED, smallest, largest):
             n = len(problem.answer)
-            tasks.append(Task(problem.prompt, n, n + n//4, lambda text, problem=problem: embedded.check(problem, text)))
+            tasks.append(Task(problem.prompt, n, n + n//4, functools.partial(embedded.check, problem)))
     return str(embedded.path()), tasks
 
 
@@ -90,7 +96,7 @@ def decode(model: str, cache: str, tasks: "list[Task]", threads: int) -> Run:
         bar = Bar(f"{cache:13s} {number + 1}/{len(tasks)}")
         bar.show(0, f"reading {len(prompt)} tokens")
         text, count, started = b"", 0, None
-        llm.reset()
+        llm.reset()  # type: ignore[no-untyped-call]
         for token in llm.generate(prompt, temp=0.0, top_k=1):
             if started is None:                       # the first token belongs to the prompt
                 started = time.monotonic()
@@ -133,7 +139,7 @@ def table(runs: "list[Run]", tasks: "list[Task]") -> str:
         row = [kvtype.label(*kvtype.parse(run.cache)), f"{run.size.mib:.2f}", f"{run.size.bits_per_value:.2f}",
                f"{run.n_tokens/run.seconds if run.seconds else 0:.1f}"]
         if judged:
-            scores = [task.judge(text.decode(errors="replace")) for task, text in zip(tasks, run.texts)]
+            scores = [task.judge(text.decode(errors="replace")) for task, text in zip(tasks, run.texts) if task.judge]
             row += [f"{sum(score.steps_right for score in scores)}/{sum(score.steps_total for score in scores)}",
                     f"{sum(score.exact for score in scores)}/{len(scores)}"]
         else:
@@ -145,7 +151,7 @@ def table(runs: "list[Run]", tasks: "list[Task]") -> str:
                                for column, (cell, width) in enumerate(zip(row, widths))) for row in rows)
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     caches = [cache.strip() for cache in args.caches.split(",") if cache.strip()]
     try:

@@ -7,9 +7,11 @@ SPDX-License-Identifier: MIT
 import ctypes
 import re
 import struct
+from typing import Any
 
 from .cache_size import bits_of
-from .context import Context, Model, api
+from .context import Context, Model
+from .llama import llama_cpp as api
 from .log import CapturedLog
 
 G = 128                 # tokens per tile
@@ -27,7 +29,7 @@ class Reader:
         self.at += n
         return self.data[self.at - n:self.at]
 
-    def unpack(self, form: str) -> tuple:
+    def unpack(self, form: str) -> "tuple[Any, ...]":
         return struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))
 
 

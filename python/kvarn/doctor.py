@@ -64,7 +64,8 @@ def read_text(path: str) -> str:
 def processor() -> "dict[str, Any]":
     info = read_text("/proc/cpuinfo")
     name = re.search(r"model name\s*: (.*)", info)
-    flags = set((re.search(r"^(?:flags|Features)\s*: (.*)", info, re.M) or [None, ""])[1].split())
+    listed = re.search(r"^(?:flags|Features)\s*: (.*)", info, re.M)
+    flags = set(listed.group(1).split() if listed else ())
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"name": name.group(1) if name else platform.processor() or platform.machine(), "machine": platform.machine(),
             "cores": os.cpu_count() or 1, "usable_cores": usable, "quota_cores": quota(), "load": load_average(),

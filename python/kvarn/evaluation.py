@@ -16,17 +16,21 @@ gains from a stretch of exact f16 tokens. Types that store rows have no tail and
 SPDX-License-Identifier: MIT
 """
 
+import argparse
 import os
 import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from . import kvtype
 from .progress import Bar
+
+if TYPE_CHECKING:
+    from .context import Model
 
 CACHES = "q8_0,q4_0,kvarn4,kvarn4/kvarn2,kvarn3,kvarn2"
 BLOCK = 128
@@ -39,7 +43,7 @@ class Plan(NamedTuple):
 
     chunks: "list[list[int]]"     # text, each of n_ctx tokens
     n_text: int                   # tokens of a chunk in blocks; the rest one at a time
-    prompts: "list"               # greedy: (tokens, most tokens to write, judge or None)
+    prompts: "list[Any]"          # greedy: (tokens, most tokens to write, judge or None)
 
 
 @dataclass
@@ -74,7 +78,7 @@ class Subject:
 
     cache: str
     setting: str       # "shipped" or "no tail"
-    context: "object" = None
+    context: "Any" = None   # Context, while it is measured
     text: Figures = field(default_factory=Figures)
     decode: Figures = field(default_factory=Figures)
     drift: "list[list[float]]" = field(default_factory=list)   # per chunk, per block: relative squared error of attention outputs
@@ -91,7 +95,7 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
     return np.maximum(x - np.log(np.exp(x).sum(1, keepdims=True)), np.log(REST))
 
 
-def add_arguments(parser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a GGUF file; default: the embedded model and its problems")
     parser.add_argument("--caches", default=CACHES, help="kv types to compare with f16 (default %(default)s)")
     parser.add_argument("--text", metavar="FILE", help="what to read; default: the manual that comes with Python")
@@ -105,7 +109,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--out", metavar="FOLDER", default="kvarn-eval", help="for tables and plots (default %(default)s)")
 
 
-def embedded_plan(args, model) -> Plan:
+def embedded_plan(args: argparse.Namespace, model: "Model") -> Plan:
     """Text: problems with their answers, one after the other; greedy: fresh problems."""
     from . import embedded
 
@@ -128,7 +132,7 @@ def embedded_plan(args, model) -> Plan:
     return Plan(chunks, size - args.decode, prompts)
 
 
-def text_plan(args, model) -> Plan:
+def text_plan(args: argparse.Namespace, model: "Model") -> Plan:
     if args.text:
         data = Path(args.text).read_bytes()
     else:
@@ -148,7 +152,7 @@ def text_plan(args, model) -> Plan:
     return Plan(chunks, args.ctx - args.decode, prompts)
 
 
-def follow_text(plan: Plan, subjects: "list[Subject]", bar) -> None:
+def follow_text(plan: Plan, subjects: "list[Subject]", bar: Bar) -> None:
     """All contexts read all chunks; the first subject is f16 itself."""
     done, began = 0.0, time.monotonic()
     size = sum(len(chunk) - 1 for chunk in plan.chunks)
@@ -179,7 +183,7 @@ def follow_text(plan: Plan, subjects: "list[Subject]", bar) -> None:
             bar.show(done, f"chunk {number + 1}/{len(plan.chunks)}, token {end}, {left:.0f} s left")
 
 
-def write_freely(plan: Plan, subject: Subject, texts: "list[list[int]]", reference: "list[list[int]] | None", bar) -> None:
+def write_freely(plan: Plan, subject: Subject, texts: "list[list[int]]", reference: "list[list[int]] | None", bar: Bar) -> None:
     """Greedy continuation of every prompt; reference: what f16 wrote."""
     right = total = exact = same = length = 0
     first = None
@@ -214,7 +218,7 @@ def write_freely(plan: Plan, subject: Subject, texts: "list[list[int]]", referen
         subject.greedy.update(steps_right=right, steps_total=total, answers_exact=exact, answers=len(plan.prompts))
 
 
-def measure(args, model, plan: Plan) -> "list[Subject]":
+def measure(args: argparse.Namespace, model: "Model", plan: Plan) -> "list[Subject]":
     from .context import AttentionTap, Context
 
     names = ["f16"] + [name for name in args.caches.split(",") if name.strip() and name.strip() != "f16"]
@@ -241,7 +245,7 @@ def measure(args, model, plan: Plan) -> "list[Subject]":
     return wanted
 
 
-def rows_of(args, model_name: str, subjects: "list[Subject]") -> "list[dict]":
+def rows_of(args: argparse.Namespace, model_name: str, subjects: "list[Subject]") -> "list[dict[str, Any]]":
     rows = []
     for subject in subjects:
         size = subject.context.size
@@ -251,7 +255,7 @@ def rows_of(args, model_name: str, subjects: "list[Subject]") -> "list[dict]":
     return rows
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
     try:
         for cache in args.caches.split(","):

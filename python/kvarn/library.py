@@ -15,6 +15,7 @@ import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import kvarn
 
@@ -115,7 +116,7 @@ def check_version() -> None:
                           f"next: {install}")
 
 
-def check_structs(llama_cpp) -> None:
+def check_structs(llama_cpp: ModuleType) -> None:
     for name, size in STRUCT_SIZES.items():
         found = ctypes.sizeof(getattr(llama_cpp, name))
         if found != size:

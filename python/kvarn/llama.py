@@ -142,7 +142,7 @@ class Llama(llama_cpp.Llama):
         with CapturedLog(self.verbose) as log:
             taken = llama_cpp.llama_state_set_data(self._ctx.ctx, buffer, state.llama_state_size)
         if taken != state.llama_state_size or not taken:
-            self.reset()
+            self.reset()  # type: ignore[no-untyped-call]
             raise RuntimeError("the state does not fit this context: "
                                + (log.reason() or "another model, cache type or n_ctx, or damaged data"))
         if len(state.scores):
@@ -153,7 +153,7 @@ class Llama(llama_cpp.Llama):
         self._seed = state.seed
 
     def __getstate__(self) -> "Dict[str, Any]":
-        state: "Dict[str, Any]" = super().__getstate__()
+        state: "Dict[str, Any]" = super().__getstate__()  # type: ignore[no-untyped-call]
         for side in ("type_k", "type_v"):  # ids are the library's own; names outlive it
             state[side] = LIBRARY.name(state[side])
         return state
@@ -161,4 +161,4 @@ class Llama(llama_cpp.Llama):
 
 def install() -> None:
     """Makes llama_cpp.Llama this class, for frameworks that create it themselves and pass kv_type through."""
-    llama_cpp.Llama = Llama
+    llama_cpp.Llama = Llama  # type: ignore[misc]

@@ -19,8 +19,8 @@ _active: "list[CapturedLog]" = []
 _lock = threading.Lock()
 
 
-@llama_cpp.llama_log_callback
-def _callback(level, text, user_data):
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _callback(level: int, text: bytes, user_data: "ctypes.c_void_p") -> None:
     if _active:
         _active[-1].take(level, text.decode("utf-8", errors="replace"))
 
@@ -68,7 +68,7 @@ class CapturedLog:
             llama_cpp.llama_log_set(_callback, None)
         return self
 
-    def __exit__(self, *details) -> None:
+    def __exit__(self, *details: object) -> None:
         with _lock:
             _active.remove(self)
             llama_cpp.llama_log_set(self.saved, self.saved_data)

@@ -21,12 +21,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 if __package__:
     from .upstream import Failure, Pin, commit_of, read_pin, source_dir
 else:  # run as a file, by CMake
-    from upstream import Failure, Pin, commit_of, read_pin, source_dir
+    from upstream import Failure, Pin, commit_of, read_pin, source_dir  # type: ignore[import-not-found, no-redef]
 
 EXAMPLE = """examples:
   kvarn patch check ~/llama.cpp      would it go in? changes nothing
@@ -98,6 +98,8 @@ def read_patch(path: Path) -> Patch:
             files.append(FilePatch(line[6:].decode().strip(), old, new, []))
         elif line.startswith(b"@@ "):
             match = HUNK.match(line.decode(errors="replace"))
+            if match is None:
+                raise Failure(f"{path.name}: '{line.decode(errors='replace').strip()}' is no hunk")
             n_old, n_new = int(match.group(2) or 1), int(match.group(4) or 1)
             taken = []
             while n_old or n_new:
@@ -203,12 +205,12 @@ def check_pin(tree: Path, source: Path) -> None:
                       f"next: git -C {tree} checkout {pin.commit[:9]}, or add --any-commit if the files are the same")
 
 
-def read_stamp(tree: Path) -> "dict | None":
+def read_stamp(tree: Path) -> "dict[str, Any] | None":
     stamp = tree / STAMP
     return json.loads(stamp.read_text()) if stamp.is_file() else None
 
 
-def check_unedited(tree: Path, stamp: dict) -> None:
+def check_unedited(tree: Path, stamp: "dict[str, Any]") -> None:
     for path, blob in stamp["files"].items():
         data = (tree / path).read_bytes() if (tree / path).is_file() else b""
         if blob_id(data) != blob:
@@ -366,7 +368,7 @@ def run(args: argparse.Namespace) -> int:
         return 2
     try:
         source = args.source or source_dir()
-        tree = args.tree.absolute() if args.tree else None
+        tree = (args.tree or Path()).absolute()
         if args.action == "apply":
             print(apply(tree, source, args.update, args.any_commit))
         elif args.action == "check":

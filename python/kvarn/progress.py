@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import time
+from typing import TextIO
 
 STEP = re.compile(r"\[ *(\d+)(?:/(\d+)|%)\] *(.*)")
 TROUBLE = re.compile(r"error|FAILED|Error|kvarn: |Failed", re.ASCII)
@@ -17,7 +18,7 @@ TROUBLE = re.compile(r"error|FAILED|Error|kvarn: |Failed", re.ASCII)
 class Bar:
     """bar = Bar("label"); bar.show(0.3, "text") as often as you like; bar.close("last words")."""
 
-    def __init__(self, label: str, stream=None, every: float = 30.0):
+    def __init__(self, label: str, stream: "TextIO | None" = None, every: float = 30.0):
         self.label = label
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
@@ -45,7 +46,8 @@ class Bar:
 
 
 def follow_build(log_path: str) -> int:
-    started, bar, last = time.monotonic(), Bar("build", sys.stdout), []
+    started, bar = time.monotonic(), Bar("build", sys.stdout)
+    last: "list[str]" = []
     installed = False
     with open(log_path, "w", encoding="utf-8", errors="replace") as log:
         for line in sys.stdin:

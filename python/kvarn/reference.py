@@ -27,6 +27,8 @@ SPDX-License-Identifier: MIT
 
 import numpy as np
 
+Array = np.ndarray
+
 G = 128  # tokens per tile
 F32 = np.float32
 
@@ -46,12 +48,12 @@ PAPER_STD = (1e-3, 1e3)  # clamp of one std
 # --- bytes ---
 
 
-def tile_size(D, bits):
+def tile_size(D: int, bits: int) -> int:
     """Bytes of one tile: codes, scale[D], zero[D], token[128]."""
     return D * G * bits // 8 + 4 * D + 2 * G
 
 
-def code_bit(bits, F, r, f, i):
+def code_bit(bits: int, F: int, r: "Array | int", f: "Array | int", i: "Array | int") -> Array:
     """Bit offset of bit i (0 = lowest) of the code of contracted index r and free index f. Integers or integer arrays.
 
     keys: r = channel, f = token, F = 128; values: r = token, f = channel, F = D.
@@ -73,13 +75,13 @@ def code_bit(bits, F, r, f, i):
     return 32 * ((3 * row + plane) * X + f % X) + 8 * byte + bit
 
 
-def _code_bits(side, bits, D):
+def _code_bits(side: str, bits: int, D: int) -> Array:
     """Bit offsets of all codes: int [128, D, bits]."""
     t, d, i = np.ogrid[:G, :D, :bits]
     return code_bit(bits, G, d, t, i) if side == "k" else code_bit(bits, D, t, d, i)
 
 
-def pack(code, scale, zero, token, side, bits):
+def pack(code: Array, scale: Array, zero: Array, token: Array, side: str, bits: int) -> Array:
     """code int [128, D], scale and zero f16 [D], token f16 [128] -> the tile, uint8 [tile_size]."""
     D = code.shape[1]
     stream = np.zeros(D * G * bits, np.uint8)
@@ -88,7 +90,7 @@ def pack(code, scale, zero, token, side, bits):
     return np.concatenate([np.packbits(stream, bitorder="little"), meta.view(np.uint8)])
 
 
-def unpack(tile, side, bits, D):
+def unpack(tile: Array, side: str, bits: int, D: int) -> "tuple[Array, Array, Array, Array]":
     """The tile, uint8 [tile_size] -> code int [128, D], scale and zero f16 [D], token f16 [128]."""
     n = D * G * bits // 8
     stream = np.unpackbits(np.asarray(tile[:n]), bitorder="little").astype(int)
@@ -97,7 +99,7 @@ def unpack(tile, side, bits, D):
     return code, meta[:D], meta[D : 2 * D], meta[2 * D :]
 
 
-def unseal(tile, side, bits, D):
+def unseal(tile: Array, side: str, bits: int, D: int) -> Array:
     """(1): the tile, uint8 [tile_size] -> x, f32 [128, D]."""
     code, scale, zero, token = (a.astype(F32) for a in unpack(tile, side, bits, D))
     return (code * scale + zero) * token[:, None]
@@ -106,12 +108,12 @@ def unseal(tile, side, bits, D):
 # --- sums in the fixed order ---
 
 
-def _over_tokens(a):
+def _over_tokens(a: Array) -> Array:
     """Sum of f32 [128, ..] over t = 0, 1, .. 127, one after the other (cumsum does that, sum need not)."""
     return np.cumsum(a, axis=0, dtype=F32)[-1]
 
 
-def _over_channels(a):
+def _over_channels(a: Array) -> Array:
     """Sum of f32 [.., D] over d: 16 lanes, lane j adds d = j, j + 16, ..; then the upper half of the lanes onto the lower."""
     lanes = np.cumsum(a.reshape(*a.shape[:-1], -1, 16), axis=-2, dtype=F32)[..., -1, :]
     while lanes.shape[-1] > 1:
@@ -120,18 +122,18 @@ def _over_channels(a):
     return lanes[..., 0]
 
 
-def _std(total, total2, n):
+def _std(total: Array, total2: Array, n: int) -> Array:
     """Sample standard deviation from the sum and the sum of squares of n values, at least STD_MIN."""
     var = (total2 - total * (total / F32(n))) / F32(n - 1)
     return np.maximum(np.sqrt(np.maximum(var, F32(0))), STD_MIN)
 
 
-def _reciprocal(a):
+def _reciprocal(a: Array) -> Array:
     """1/a, and 0 where a is (nearly) 0."""
     return np.divide(F32(1), a, out=np.zeros_like(a), where=a > TINY)
 
 
-def _f16(a):
+def _f16(a: Array) -> Array:
     """Nearest f16 as f32, saturated."""
     return np.clip(a, -X_MAX, X_MAX).astype(np.float16).astype(F32)
 
@@ -139,7 +141,7 @@ def _f16(a):
 # --- seal ---
 
 
-def _normalize(y):
+def _normalize(y: Array) -> Array:
     """(3): y f32 [128, D] -> tok f32 [128]."""
     D = y.shape[1]
     mean = _over_tokens(y * F32(1.0 / G))
@@ -150,7 +152,7 @@ def _normalize(y):
     return _std(_over_channels(v), _over_channels(v * v), D)
 
 
-def _codes(y, tok, scale, mid, L):
+def _codes(y: Array, tok: Array, scale: Array, mid: Array, L: np.float32) -> Array:
     """(4): f32 [128, D], whole numbers 0 .. L; scale 0 has code 0."""
     inv = _reciprocal(scale)
     off = np.where(inv > 0, F32(0.5) * L - mid * inv, F32(0))
@@ -160,7 +162,7 @@ def _codes(y, tok, scale, mid, L):
 class _Fit:
     """Sums over the tokens for q = code - h, f32 [D] each (ww: one number)."""
 
-    def __init__(self, y, tok, q):
+    def __init__(self, y: Array, tok: Array, q: Array):
         w = tok[:, None]
         c = q * w
         self.cc, self.cw, self.cy, self.wy = (_over_tokens(a) for a in (c * c, c * w, c * y, w * y))
@@ -170,16 +172,16 @@ class _Fit:
         self.cov = self.cy - m * self.wy
         self.var = self.cc - m * self.cw
 
-    def scale(self):
+    def scale(self) -> Array:
         """(5)"""
         ok = (self.cov > 0) & (self.var > FIT_MIN * self.cc)
         return np.divide(self.cov, self.var, out=np.zeros_like(self.cov), where=ok)
 
-    def mid(self, scale):
+    def mid(self, scale: Array) -> Array:
         """(5) for a given scale."""
         return (self.wy - scale * self.cw) / self.ww
 
-    def restored(self, y, tok, mid, side):
+    def restored(self, y: Array, tok: Array, mid: Array, side: str) -> Array:
         """(7)"""
         u = y - tok[:, None] * mid
         b = self.wy - mid * self.ww
@@ -191,20 +193,20 @@ class _Fit:
         return np.where(ok, np.sqrt(np.divide(own, self.var, out=np.zeros_like(own), where=ok)), scale)
 
 
-def _least_squares(y, v):
+def _least_squares(y: Array, v: Array) -> "tuple[Array, Array, Array]":
     """(6): y, v f32 [128, D] -> y.v, v.v and their ratio (0 where y.v <= 0), f32 [128] each."""
     yv, vv = _over_channels(y * v), _over_channels(v * v)
     return yv, vv, np.divide(yv, vv, out=np.zeros_like(yv), where=(yv > 0) & (vv > 0))
 
 
-def _walk(y, tok, scale, mid, L):
+def _walk(y: Array, tok: Array, scale: Array, mid: Array, L: np.float32) -> "tuple[Array, _Fit]":
     """(4) and (6): the token scales for the codes, and the sums for both."""
     q = _codes(y, tok, scale, mid, L) - F32(0.5) * L
     tok = np.minimum(_least_squares(y, q * scale + mid)[2], X_MAX)
     return tok, _Fit(y, tok, q)
 
 
-def seal(x, side, bits):
+def seal(x: Array, side: str, bits: int) -> Array:
     """x f32 [128, D], rotated; side "k" or "v" -> the tile, uint8 [tile_size]. NaN counts as 0, values are clamped to +-65504."""
     x = np.asarray(x, F32)
     D = x.shape[1]
@@ -255,7 +257,7 @@ def seal(x, side, bits):
 # --- attention ---
 
 
-def attend(q, k, v, bits_k, bits_v, scale):
+def attend(q: Array, k: Array, v: Array, bits_k: int, bits_v: int, scale: float) -> Array:
     """Softmax attention in float64 over unsealed tiles: q [n_q, D], k and v uint8 [n_tiles, tile_size] -> float64 [n_q, D]."""
     D = q.shape[1]
     K = np.concatenate([unseal(tile, "k", bits_k, D) for tile in k]).astype(float)
@@ -268,7 +270,7 @@ def attend(q, k, v, bits_k, bits_v, scale):
 # --- rotation ---
 
 
-def hadamard(n):
+def hadamard(n: int) -> Array:
     """The normalised Sylvester-Hadamard matrix, float64 [n, n]: orthonormal, symmetric, its own inverse. n is a power of two."""
     if n < 1 or n & (n - 1):
         raise ValueError(f"hadamard: {n} is not a power of two")
@@ -281,7 +283,7 @@ def hadamard(n):
 # --- the paper's recipe ---
 
 
-def paper_quantize(x, side, bits, iterations=16):
+def paper_quantize(x: Array, side: str, bits: int, iterations: int = 16) -> Array:
     """arXiv 2606.03458 as published, the baseline of every ablation: x [128, D], rotated -> dequantised, float64 [128, D].
 
     A tile X is [channels, tokens] for keys and [tokens, channels] for values. Both axes are balanced,
@@ -293,10 +295,10 @@ def paper_quantize(x, side, bits, iterations=16):
     """
     X = np.asarray(x, float).T if side == "k" else np.asarray(x, float)
 
-    def imbalance(W):
+    def imbalance(W: Array) -> float:
         return sum(s.max() / max(s.min(), 1e-8) for s in (W.std(axis=0, ddof=1), W.std(axis=1, ddof=1)))
 
-    def step(log_scale, std):
+    def step(log_scale: Array, std: Array) -> Array:
         return np.clip(log_scale + np.log(np.clip(std, *PAPER_STD)), *PAPER_LOG_SCALE)
 
     W, cols, rows = X, np.zeros(X.shape[1]), np.zeros(X.shape[0])

@@ -6,14 +6,16 @@ SPDX-License-Identifier: MIT
 import csv
 import sys
 from pathlib import Path
+from typing import Any, Dict
 
 COLORS = {"q8_0": "#8c8c8c", "q4_0": "#bf7f3f", "kvarn4": "#1f5fa8", "kvarn4/kvarn2": "#2f9e8f", "kvarn3": "#7a4fa3",
           "kvarn2": "#c23b4e"}
 PLAIN = ("bpv", "bpv_allocated", "ppl", "kld_mean", "kld_median", "kld_999")
+Row = Dict[str, Any]
 SETTINGS = {"shipped": "As shipped", "no tail": "No tail: every token is read from its tile as soon as the tile is full"}
 
 
-def cell(value) -> str:
+def cell(value: Any) -> str:
     if value is None or value == "":
         return ""
     if isinstance(value, float):
@@ -21,7 +23,7 @@ def cell(value) -> str:
     return str(value)
 
 
-def columns(rows: "list[dict]") -> "list[str]":
+def columns(rows: "list[Row]") -> "list[str]":
     names: "list[str]" = []
     for row in rows:
         names += [name for name in row if name not in names]
@@ -32,7 +34,7 @@ def table(head: "list[str]", body: "list[list[str]]") -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"]*len(head), *body])
 
 
-def markdown(rows: "list[dict]") -> str:
+def markdown(rows: "list[Row]") -> str:
     """One table a setting; types that store rows stand in both."""
     out = []
     for setting, title in SETTINGS.items():
@@ -58,7 +60,7 @@ def markdown(rows: "list[dict]") -> str:
     return "\n\n".join(out)
 
 
-def depths(drifts: "dict[str, list[list[float]]]", block: int) -> "list[dict]":
+def depths(drifts: "dict[str, list[list[float]]]", block: int) -> "list[Row]":
     """Relative squared error of the attention outputs, mean over layers and chunks, against depth."""
     rows = []
     for name, chunks in drifts.items():
@@ -67,7 +69,7 @@ def depths(drifts: "dict[str, list[list[float]]]", block: int) -> "list[dict]":
     return rows
 
 
-def write_csv(path: Path, rows: "list[dict]") -> Path:
+def write_csv(path: Path, rows: "list[Row]") -> Path:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns(rows), restval="")
         writer.writeheader()
@@ -76,7 +78,7 @@ def write_csv(path: Path, rows: "list[dict]") -> Path:
     return path
 
 
-def plot_depth(path: Path, rows: "list[dict]") -> Path:
+def plot_depth(path: Path, rows: "list[Row]") -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -97,7 +99,7 @@ def plot_depth(path: Path, rows: "list[dict]") -> Path:
     return path
 
 
-def plot_size(path: Path, rows: "list[dict]") -> Path:
+def plot_size(path: Path, rows: "list[Row]") -> Path:
     """KLD against stored bits per value, no tail for anyone."""
     from matplotlib.figure import Figure
 
@@ -116,7 +118,7 @@ def plot_size(path: Path, rows: "list[dict]") -> Path:
     return path
 
 
-def write(folder: Path, rows: "list[dict]", drifts: "dict[str, list[list[float]]]", block: int) -> "list[Path]":
+def write(folder: Path, rows: "list[Row]", drifts: "dict[str, list[list[float]]]", block: int) -> "list[Path]":
     folder.mkdir(parents=True, exist_ok=True)
     depth = depths(drifts, block)
     written = [write_csv(folder/"eval.csv", rows)] + ([write_csv(folder/"depth.csv", depth)] if depth else [])

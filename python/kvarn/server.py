@@ -48,10 +48,10 @@ def rewrite(argv: "list[str]") -> "list[str]":
             number = type_id(int(given) if given.isdigit() else given)
             quantized = quantized or kvtype.is_quantized(LIBRARY.name(number))
             argv += [f"--{name}", str(number)]
-    given = {word.partition("=")[0] for word in argv}
-    if quantized and "--flash_attn" not in given:
+    named = {word.partition("=")[0] for word in argv}
+    if quantized and "--flash_attn" not in named:
         argv += ["--flash_attn", "true"]
-    if "--logits_all" not in given and "--config_file" not in given:
+    if "--logits_all" not in named and "--config_file" not in named:
         argv += ["--logits_all", "false"]
     return argv
 
@@ -72,7 +72,7 @@ def main() -> int:
     from llama_cpp.server.__main__ import main as serve
 
     sys.argv[1:] = arguments
-    serve()
+    serve()  # type: ignore[no-untyped-call]
     return 0
 
 

@@ -11,7 +11,7 @@ SPDX-License-Identifier: MIT
 import math
 import random
 from dataclasses import dataclass
-from typing import Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 ANSWER_MIN, ANSWER_MAX = 300, 4000  # bytes; one byte is one token of the embedded model
 
@@ -59,9 +59,9 @@ def hop(rng: random.Random, size: int) -> tuple[list[str], list[str]]:
 VM_REGISTERS = "abcde"  # a, b, c hold data; d and e count loops
 
 
-def vm_program(rng: random.Random, steps: int) -> list[tuple]:
+def vm_program(rng: random.Random, steps: int) -> list[tuple[Any, ...]]:
     """Straight pieces and counted loops (nested twice at most) that run for about `steps` steps and always halt."""
-    program: list[tuple] = []
+    program: list[tuple[Any, ...]] = []
 
     def straight(count: int) -> None:
         for _ in range(count):
@@ -69,7 +69,7 @@ def vm_program(rng: random.Random, steps: int) -> list[tuple]:
             operand = rng.randrange(100) if op in ("set", "inc", "dec") else rng.choice(VM_REGISTERS)
             program.append((op, rng.choice("abc"), operand))
 
-    def loop(counter: str, times: int, body: Callable[[], None]) -> None:
+    def loop(counter: str, times: int, body: Callable[[], object]) -> None:
         program.append(("set", counter, times))
         start = len(program)
         body()
@@ -90,7 +90,13 @@ def vm_program(rng: random.Random, steps: int) -> list[tuple]:
         else:
             inner = rng.randint(2, 4)
             outer = rng.randint(2, 3)
-            loop("d", outer, lambda: (straight(2), loop("e", inner, lambda: straight(body)), straight(1)))
+
+            def nested(inner: int = inner, body: int = body) -> None:
+                straight(2)
+                loop("e", inner, lambda: straight(body))
+                straight(1)
+
+            loop("d", outer, nested)
             left -= outer * (inner * (body + 2) + 6)
     program.append(("hlt",))
     return program
@@ -102,7 +108,7 @@ def vm(rng: random.Random, size: int) -> tuple[list[str], list[str]]:
     memory = [rng.randrange(100) for _ in range(100)]
     state = dict(zip(VM_REGISTERS, (rng.randrange(100) for _ in VM_REGISTERS)))
 
-    def text(instruction: tuple) -> str:
+    def text(instruction: tuple[Any, ...]) -> str:
         op, *args = instruction
         return " ".join([op, *(f"{x:02}" if isinstance(x, int) else x for x in args)])
 
@@ -154,8 +160,8 @@ def mul(rng: random.Random, size: int) -> tuple[list[str], list[str]]:
         result.append(total % 10)
         carry = total // 10
         lines.append(f"k{k:02} w{total % 10} c{carry:03}")
-    digits = " ".join(f"{k:02}:{result[k]}" for k in reversed(range(n + m)))
-    return prompt, [*lines, f"= {digits}"]
+    product = " ".join(f"{k:02}:{result[k]}" for k in reversed(range(n + m)))
+    return prompt, [*lines, f"= {product}"]
 
 
 def sort(rng: random.Random, size: int) -> tuple[list[str], list[str]]:
