@@ -21,8 +21,10 @@
 #define KVARN_FC_BIAS    2205   // ALiBi
 #define KVARN_FC_SOFTCAP 2206
 #define KVARN_FC_SINKS   2207
+#define KVARN_FC_MASK    2208   // 0: every token is seen but those of empty tiles
+#define KVARN_FC_TINY    2209   // codes as f16 subnormals: see kvarn_codes.h
 #define KVARN_FC_FIRST   KVARN_FC_BITS_K
-#define KVARN_FC_COUNT   8
+#define KVARN_FC_COUNT   10
 
 // buffer slots: the argument struct, then the sources of the node in their order, then the node itself
 #define KVARN_BUF_ARGS    0
@@ -55,6 +57,7 @@ struct kvarn_metal_attn_args {
     int32_t  n_used;                        // tiles read per stream
     int32_t  n_tiles, map_off, s0;          // tiles per stream, entries of the plan before the map, first stream
     int32_t  chunk;                         // tiles of a partial result
+    int32_t  n_chunks, n_parts;             // partial results that are used, and that there are
     int32_t  mask_streams;
     int32_t  nsg;                           // simdgroups of a threadgroup
     int32_t  n_groups;                      // groups of query vectors per KV head
@@ -66,7 +69,7 @@ struct kvarn_metal_attn_args {
 struct kvarn_metal_reduce_args {
     uint64_t part_chunk, part_q, part_stream;
     uint64_t out_q, out_stream;
-    int32_t  n_chunks;
+    int32_t  n_parts;
     int32_t  n_head;
 };
 

@@ -1,4 +1,4 @@
-// kvarn-metal-ggml.cpp - GGML_OP_KVARN in ggml's Metal backend: tensors become a plan (kvarn-metal-plan.h), which is replayed here.
+// kvarn-metal-ggml.cpp - GGML_OP_KVARN in ggml's Metal backend: a node becomes a plan (kvarn-metal-plan.h), which is replayed here.
 // Included at the end of ggml-metal-ops.cpp, where struct ggml_metal_op and its helpers are.
 //
 // SPDX-License-Identifier: MIT
@@ -7,25 +7,35 @@
 #include "kvarn-metal-ggml.h"
 #include "kvarn-metal-plan.h"
 
+#include <cstdlib>
 #include <string>
 
 static_assert(KVARN_METAL_SEALED == KVARN_MAP_SEALED && KVARN_METAL_EMPTY == KVARN_MAP_EMPTY, "as in kvarn-graph.h");
 static_assert(KVARN_METAL_EXACT == KVARN_BITS_EXACT, "as in kvarn-graph.h");
-static_assert(KVARN_BUF_Q == KVARN_SRC_Q + 1 && KVARN_BUF_PLAN == KVARN_SRC_PLAN + 1 && KVARN_BUF_K_TILES == KVARN_SRC_K_TILES + 1 &&
-              KVARN_BUF_K_ROWS == KVARN_SRC_K_ROWS + 1 && KVARN_BUF_V_TILES == KVARN_SRC_V_TILES + 1 &&
-              KVARN_BUF_V_ROWS == KVARN_SRC_V_ROWS + 1 && KVARN_BUF_MASK == KVARN_SRC_MASK + 1, "source n is bound to slot n + 1");
+static_assert(KVARN_BUF_Q == KVARN_SRC_Q + 1 && KVARN_BUF_PLAN == KVARN_SRC_PLAN + 1 && KVARN_BUF_MASK == KVARN_SRC_MASK + 1 &&
+              KVARN_BUF_K_TILES == KVARN_SRC_K_TILES + 1 && KVARN_BUF_K_ROWS == KVARN_SRC_K_ROWS + 1 &&
+              KVARN_BUF_V_TILES == KVARN_SRC_V_TILES + 1 && KVARN_BUF_V_ROWS == KVARN_SRC_V_ROWS + 1,
+              "source n is bound to slot n + 1");
 
 static kvarn_metal_tensor kvarn_metal_shape(const ggml_tensor * t) {
     kvarn_metal_tensor res = {};
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; t && i < 4; ++i) {
         res.ne[i] = t->ne[i];
         res.nb[i] = t->nb[i];
     }
     return res;
 }
 
+// Whether codes are read as f16 subnormals: a third of the instructions (metal/README.md). KVARN_METAL_TINY=1; not the default
+// before a Mac has shown that they are not flushed to zero.
+static bool kvarn_metal_is_tiny() {
+    static const bool is_tiny = getenv("KVARN_METAL_TINY") && atoi(getenv("KVARN_METAL_TINY")) != 0;
+    return is_tiny;
+}
+
 static kvarn_metal_attn_op kvarn_metal_attn(const ggml_tensor * op) {
     const kvarn_attn_shape shape = ggml_kvarn_get_attn_shape(op);
+    const ggml_tensor    * mask  = op->src[KVARN_SRC_MASK];
     kvarn_metal_attn_op res = {};
     for (int side = 0; side < 2; ++side) {
         res.bits[side] = shape.bits[side];
@@ -36,12 +46,14 @@ static kvarn_metal_attn_op kvarn_metal_attn(const ggml_tensor * op) {
     res.map_off  = shape.map_off;
     res.n_tiles  = shape.n_tiles;
     res.s0       = shape.s0;
-    res.chunk    = shape.chunk;
+    res.n_used   = mask ? (int32_t) (mask->ne[0]/KVARN_G) : shape.n_tiles;
+    res.has_mask = mask != nullptr;
+    res.tiny     = kvarn_metal_is_tiny();
     res.scale    = shape.scale;
     res.max_bias = shape.max_bias;
     res.softcap  = shape.softcap;
     res.q        = kvarn_metal_shape(op->src[KVARN_SRC_Q]);
-    res.mask     = kvarn_metal_shape(op->src[KVARN_SRC_MASK]);
+    res.mask     = kvarn_metal_shape(mask);
     res.part     = kvarn_metal_shape(op);
     return res;
 }

@@ -15,6 +15,12 @@
 
 #define KVARN_METAL_MEMORY (16*1024) // of the decode kernel at most: two threadgroups fit a core's 32 KB
 
+// Threadgroups of the decode kernel: as many as the context has work for, the first number even if a simdgroup then has not one
+// tile of its own to read; beyond the second, more tiles each, for a partial result is 1/10 of the bytes of four tiles (2 bits,
+// D = 128, 4 query heads per KV head). Between them lie one threadgroup per core of the largest chip, and four.
+#define KVARN_METAL_GROUPS_MIN 64
+#define KVARN_METAL_GROUPS_MAX 256
+
 struct kvarn_metal_tensor { // sizes and strides in bytes
     int64_t  ne[4];
     uint64_t nb[4];
@@ -34,12 +40,15 @@ struct kvarn_metal_dispatch {
 
 struct kvarn_metal_attn_op {
     int32_t bits[2], D[2];             // keys, values; bits 0: an f16 cache
-    int32_t H, map_off, n_tiles, s0, chunk;
+    int32_t H, map_off, n_tiles, s0;
+    int32_t n_used;                    // tiles read per stream
+    int32_t has_mask;
+    int32_t tiny;                      // KVARN_FC_TINY
     float   scale, max_bias, softcap;
     kvarn_metal_tensor q;              // [D_k, n_rows, n_head, n_stream]
     kvarn_metal_tensor rows[2];        // f16 cache [D, n_kv, H, n_stream], or tail [D*H, rows]
     kvarn_metal_tensor mask;           // [n_kv, >= n_rows, 1, n_stream or 1]
-    kvarn_metal_tensor part;           // [D_v + 2, n_chunks, n_rows*n_head, n_stream]
+    kvarn_metal_tensor part;           // [D_v + 2, partial results at most, n_rows*n_head, n_stream]
 };
 
 struct kvarn_metal_reduce_op {
@@ -87,10 +96,21 @@ static inline const char * kvarn_metal_refuses_attn(const kvarn_metal_attn_op & 
     if (op.q.nb[0] != 4 || op.q.nb[1] % 16 != 0 || op.q.nb[2] % 16 != 0 || op.q.nb[3] % 16 != 0) {
         return "query vectors must start at multiples of 16 bytes";
     }
-    if (op.mask.nb[0] != 2 || op.mask.nb[1] % 8 != 0 || op.mask.nb[3] % 8 != 0) {
+    if (op.has_mask && (op.mask.nb[0] != 2 || op.mask.nb[1] % 8 != 0 || op.mask.nb[3] % 8 != 0)) {
         return "mask rows must start at multiples of 8 bytes";
     }
     return NULL;
+}
+
+// Tiles of a threadgroup, if n_one threadgroups share each tile's place in the context (KV heads, streams, groups of queries).
+static constexpr int kvarn_metal_chunk(int n_used, int n_one, int n_parts) {
+    int n = (n_used + 3)/4; // a tile per simdgroup
+    const int least = (KVARN_METAL_GROUPS_MIN + n_one - 1)/n_one;
+    const int most  = KVARN_METAL_GROUPS_MAX > n_one ? KVARN_METAL_GROUPS_MAX/n_one : 1;
+    n = n > least ? n : least;
+    n = n < most ? n : most;
+    n = n < n_parts ? n : n_parts;
+    return (n_used + n - 1)/n;
 }
 
 static inline kvarn_metal_dispatch kvarn_metal_plan_attn(const kvarn_metal_attn_op & op) {
@@ -107,7 +127,7 @@ static inline kvarn_metal_dispatch kvarn_metal_plan_attn(const kvarn_metal_attn_
 
     a.mask_row     = op.mask.nb[1];
     a.mask_stream  = op.mask.nb[3];
-    a.mask_streams = (int32_t) op.mask.ne[3];
+    a.mask_streams = op.has_mask ? (int32_t) op.mask.ne[3] : 1;
     a.part_chunk   = op.part.nb[1];
     a.part_q       = op.part.nb[2];
     a.part_stream  = op.part.nb[3];
@@ -115,21 +135,24 @@ static inline kvarn_metal_dispatch kvarn_metal_plan_attn(const kvarn_metal_attn_
     a.n_rows  = (int32_t) op.q.ne[1];
     a.n_head  = (int32_t) op.q.ne[2];
     a.H       = op.H;
-    a.n_used  = (int32_t) (op.mask.ne[0]/KVARN_G);
+    a.n_used  = op.n_used;
     a.n_tiles = op.n_tiles;
     a.map_off = op.map_off;
     a.s0      = op.s0;
-    a.chunk   = op.chunk;
 
     const int passes  = kvarn_metal_passes(op.D[KVARN_VALUE]);
     const int n_q     = a.n_rows*(a.n_head/a.H);
     const int queries = kvarn_metal_queries(n_q, passes);
 
+    a.n_groups = (n_q + queries - 1)/queries;
+    a.n_parts  = (int32_t) op.part.ne[1];
+    a.chunk    = kvarn_metal_chunk(a.n_used, (int) (a.n_groups*a.H*op.part.ne[3]), a.n_parts);
+    a.n_chunks = (a.n_used + a.chunk - 1)/a.chunk;
+
     const int units = op.D[KVARN_KEY]/4 > 32*passes ? op.D[KVARN_KEY]/4 : 32*passes;
     a.region   = units*queries;
     a.nsg      = KVARN_METAL_MEMORY/(16*a.region) < 4 ? KVARN_METAL_MEMORY/(16*a.region) : 4;
     a.nsg      = a.nsg < a.chunk ? a.nsg : a.chunk;
-    a.n_groups = (n_q + queries - 1)/queries;
     a.n_pow2   = 1;
     while (2*a.n_pow2 <= a.n_head) {
         a.n_pow2 *= 2;
@@ -147,7 +170,9 @@ static inline kvarn_metal_dispatch kvarn_metal_plan_attn(const kvarn_metal_attn_
     d.constant[KVARN_FC_D_V     - KVARN_FC_FIRST] = op.D[KVARN_VALUE];
     d.constant[KVARN_FC_BIAS    - KVARN_FC_FIRST] = op.max_bias > 0.0f;
     d.constant[KVARN_FC_SOFTCAP - KVARN_FC_FIRST] = op.softcap  > 0.0f;
-    d.groups[0] = (uint32_t) op.part.ne[1];
+    d.constant[KVARN_FC_MASK    - KVARN_FC_FIRST] = op.has_mask != 0;
+    d.constant[KVARN_FC_TINY    - KVARN_FC_FIRST] = op.tiny     != 0;
+    d.groups[0] = (uint32_t) a.n_chunks;
     d.groups[1] = (uint32_t) op.H;
     d.groups[2] = (uint32_t) (op.part.ne[3]*a.n_groups);
     d.threads   = (uint32_t) (32*a.nsg);
@@ -162,7 +187,7 @@ static inline kvarn_metal_dispatch kvarn_metal_plan_reduce(const kvarn_metal_red
     a.part_stream = op.part.nb[3];
     a.out_q       = op.out.nb[1];
     a.out_stream  = op.out.nb[3];
-    a.n_chunks    = (int32_t) op.part.ne[1];
+    a.n_parts     = (int32_t) op.part.ne[1];
     a.n_head      = (int32_t) op.out.ne[1];
 
     kvarn_metal_dispatch d = kvarn_metal_launch("kernel_kvarn_reduce", 2, &a, sizeof(a));
@@ -170,7 +195,7 @@ static inline kvarn_metal_dispatch kvarn_metal_plan_reduce(const kvarn_metal_red
     d.constant[KVARN_FC_SINKS - KVARN_FC_FIRST] = op.has_sinks;
     d.groups[0] = (uint32_t) (op.out.ne[1]*op.out.ne[2]);
     d.groups[1] = (uint32_t) op.out.ne[3];
-    d.groups[2] = 1;
+    d.groups[2] = (uint32_t) ((op.out.ne[0] + 63)/64);
     d.threads   = 32;
     return d;
 }

@@ -22,6 +22,8 @@ constant int  fc_D_v     [[function_constant(KVARN_FC_D_V)]];
 constant int  fc_bias    [[function_constant(KVARN_FC_BIAS)]];
 constant int  fc_softcap [[function_constant(KVARN_FC_SOFTCAP)]];
 constant int  fc_sinks   [[function_constant(KVARN_FC_SINKS)]];
+constant int  fc_mask    [[function_constant(KVARN_FC_MASK)]];
+constant int  fc_tiny    [[function_constant(KVARN_FC_TINY)]];
 
 #define LANES 32
 
@@ -41,10 +43,10 @@ static inline void kvarn_contract(int bits, int F, int u, int R0, int step, int 
     for (short j = 0; j < NQ; ++j) {
         acc[j] = float4(0.0f);
     }
-#pragma clang loop unroll_count(2)
+#pragma clang loop unroll_count(4)
     for (int R = R0; R < n_R; R += step) {
         half4 code[4];
-        kvarn_unpack(bits, kvarn_words(bits, F, u, R, codes), code);
+        kvarn_unpack(bits, fc_tiny != 0, kvarn_words(bits, F, u, R, codes), code);
         for (short j = 0; j < NQ; ++j) {
             const float4 x = vec[R*NQ + j];
             acc[j] += x.x*float4(code[0]);
@@ -53,7 +55,7 @@ static inline void kvarn_contract(int bits, int F, int u, int R0, int step, int 
             acc[j] += x.w*float4(code[3]);
         }
     }
-    const float4 weight = kvarn_weight(bits);
+    const float4 weight = kvarn_weight(bits, fc_tiny != 0);
     for (short j = 0; j < NQ; ++j) {
         acc[j] *= weight;
     }
@@ -139,7 +141,16 @@ static inline float4 kvarn_gather(int bits, int D, int u, device const half * x)
 // Registers: the output, 4*NV*NQ, and 4*NQ sums; threadgroup memory: vec, one float4 per 4 channels or tokens and query.
 // Each code is read once per NQ queries, 16 of them per lane and step; bound by arithmetic (metal/README.md counts it).
 
-// bit k: query vector j sees token 4*lane+k of tile i
+// the mask at four tokens
+static inline half4 kvarn_mask(device const char * row, int t) {
+    half4 m = half4(half(0.0f));
+    if (fc_mask) {
+        m = *(device const half4 *) (row + 2*t);
+    }
+    return m;
+}
+
+// bit k: token k of four is seen
 static inline uint kvarn_seen(half4 m) {
     const ushort4 b = as_type<ushort4>(m);
     return (b.x != NEG_INF_F16 ? 1u : 0u) | (b.y != NEG_INF_F16 ? 2u : 0u) | (b.z != NEG_INF_F16 ? 4u : 0u) |
@@ -204,7 +215,7 @@ kernel void kernel_kvarn_attn(
         uint any = 0; // tokens that some of the query vectors see
         for (short j = 0; j < NQ; ++j) {
             if (j0 + j < n_q) {
-                any |= kvarn_seen(*(device const half4 *) (mask_s + (j0 + j)/n_gqa*args.mask_row + (i*KVARN_G + 4*lane)*2));
+                any |= kvarn_seen(kvarn_mask(mask_s + (j0 + j)/n_gqa*args.mask_row, i*KVARN_G + 4*lane));
             }
         }
         if (where == KVARN_METAL_EMPTY || !simd_any(any != 0)) {
@@ -277,7 +288,7 @@ kernel void kernel_kvarn_attn(
         }
         for (short j = 0; j < NQ; ++j) {
             const int    jq   = min(j0 + j, n_q - 1);
-            const half4  m    = *(device const half4 *) (mask_s + jq/n_gqa*args.mask_row + (i*KVARN_G + 4*lane)*2);
+            const half4  m    = kvarn_mask(mask_s + jq/n_gqa*args.mask_row, i*KVARN_G + 4*lane);
             const uint   seen = kvarn_seen(m);
             float4       x    = vec[lane*NQ + j];
             if (fc_softcap) {
@@ -384,8 +395,12 @@ kernel void kernel_kvarn_attn(
             }
         }
         const int jq = j0 + j;
-        device float * dst = (device float *) (part + chunk*args.part_chunk + s*args.part_stream +
-                                               (jq/n_gqa*args.n_head + h*n_gqa + jq%n_gqa)*args.part_q);
+        device char  * own = part + s*args.part_stream + (jq/n_gqa*args.n_head + h*n_gqa + jq%n_gqa)*args.part_q;
+        device float * dst = (device float *) (own + chunk*args.part_chunk);
+        for (int c = args.n_chunks + lane; chunk == 0 && c < args.n_parts; c += LANES) { // not used
+            ((device float *) (own + c*args.part_chunk))[0] = as_type<float>(NEG_INF_F32);
+            ((device float *) (own + c*args.part_chunk))[1] = 0.0f;
+        }
         if (lane == 0) {
             dst[0] = max_j > NO_MAX ? max_j : as_type<float>(NEG_INF_F32);
             dst[1] = sum_j;
@@ -417,8 +432,9 @@ template [[host_name("kernel_kvarn_attn_q4_v4")]] kernel kvarn_attn_t kernel_kva
 
 // ---------------------------------------------------------------------------------------------------- REDUCE
 //
-// One simdgroup per query vector: joins the partial results of all chunks and divides by the sum. Bound by reading them.
-// The sum tells whether a partial result holds anything; its maximum does not count otherwise.
+// One simdgroup per query vector and 64 channels, two of a lane: joins the partial results of all chunks and divides by the sum.
+// Their maxima and sums are read by a lane each. The sum tells whether a partial result holds anything; if not, its output is not
+// read. Bound by reading them.
 
 kernel void kernel_kvarn_reduce(
         constant kvarn_metal_reduce_args & args  [[buffer(KVARN_BUF_ARGS)]],
@@ -427,30 +443,39 @@ kernel void kernel_kvarn_reduce(
         device       char                * out   [[buffer(KVARN_BUF_OUT)]],
         uint3  tgpig [[threadgroup_position_in_grid]],
         ushort lane  [[thread_index_in_simdgroup]]) {
-    const int DV = fc_D_v;
-    const int jq = tgpig.x;
-    const int s  = tgpig.y;
+    const int  jq     = tgpig.x;
+    const int  s      = tgpig.y;
+    const int  d      = 2*(LANES*int(tgpig.z) + lane);
+    const bool has_d  = d < fc_D_v;
     device const char * part = parts + jq*args.part_q + s*args.part_stream;
 
     const float sink = fc_sinks ? sinks[jq % args.n_head] : NO_MAX;
     float top = sink;
-    for (int c = 0; c < args.n_chunks; ++c) {
+    for (int c = lane; c < args.n_parts; c += LANES) {
         device const float * x = (device const float *) (part + c*args.part_chunk);
         top = x[1] > 0.0f ? max(top, x[0]) : top;
     }
-    float sum = fc_sinks ? exp(sink - top) : 0.0f;
-    for (int c = 0; c < args.n_chunks; ++c) {
-        device const float * x = (device const float *) (part + c*args.part_chunk);
-        sum += x[1] > 0.0f ? x[1]*exp(x[0] - top) : 0.0f;
-    }
-    const float r = sum > 0.0f ? 1.0f/sum : 0.0f;
-    device float * dst = (device float *) (out + jq*args.out_q + s*args.out_stream);
-    for (int d = lane; d < DV; d += LANES) {
-        float y = 0.0f;
-        for (int c = 0; c < args.n_chunks; ++c) {
-            device const float * x = (device const float *) (part + c*args.part_chunk);
-            y += x[1] > 0.0f ? exp(x[0] - top)*x[2 + d] : 0.0f;
+    top = simd_max(top);
+    float  sum = 0.0f;
+    float2 y   = float2(0.0f);
+    for (int c0 = 0; c0 < args.n_parts; c0 += LANES) {
+        float w = 0.0f;
+        if (c0 + lane < args.n_parts) {
+            device const float * x = (device const float *) (part + (c0 + lane)*args.part_chunk);
+            w = x[1] > 0.0f ? exp(x[0] - top) : 0.0f;
+            sum += x[1]*w;
         }
-        dst[d] = y*r;
+        const short n = min(LANES, args.n_parts - c0);
+#pragma clang loop unroll_count(4)
+        for (short k = 0; k < n; ++k) {
+            const float w_k = simd_broadcast(w, ushort(k));
+            if (has_d && w_k > 0.0f) {
+                y += w_k*float2(*(device const float2 *) (part + (c0 + k)*args.part_chunk + 4*(2 + d)));
+            }
+        }
+    }
+    sum = simd_sum(sum) + (fc_sinks ? exp(sink - top) : 0.0f);
+    if (has_d) {
+        *(device float2 *) (out + jq*args.out_q + s*args.out_stream + 4*d) = y*(sum > 0.0f ? 1.0f/sum : 0.0f);
     }
 }

@@ -37,13 +37,13 @@ static inline void kvarn_get_tile(int D, int bits, int side, device const char *
     device const half * scale = (device const half *) (tile + kvarn_scale_off(D, bits));
     device const half * zero  = scale + D;
     device const half * token = zero  + D;
-    const float4 weight = kvarn_weight(bits);
+    const float4 weight = kvarn_weight(bits, false);
 
     for (int n = i; n < n_R*(F/4); n += n_threads) {
         const int R = side == KVARN_KEY ? n % n_R : n/(F/4);
         const int u = side == KVARN_KEY ? n/n_R   : n % (F/4);
         half4 code[4];
-        kvarn_unpack(bits, kvarn_words(bits, F, u, R, (device const uint *) tile), code);
+        kvarn_unpack(bits, false, kvarn_words(bits, F, u, R, (device const uint *) tile), code);
         for (short s = 0; s < 4; ++s) {
             const int f = kvarn_free(bits, F, u, s);
             half4 x;

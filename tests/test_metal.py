@@ -160,18 +160,20 @@ def test_prepass_drops_nothing_silently(tmp_path, text):
 BITS = [(2, 2), (3, 3), (4, 4), (4, 2), (3, 2), (0, 2), (0, 3), (0, 4), (2, 0), (3, 0), (4, 0)]
 HEADS = [*((D, D) for D in (16, 32, 48, 64, 80, 96, 112, 192, 256, 512)), (192, 128), (128, 64)]
 GROUPS = [(1, 1), (3, 1), (5, 1), (7, 2), (16, 1), (1, 16), (2, 3), (71, 1)]  # heads per KV head, query rows
-CHUNKS = [(1, 1), (2, 2), (7, 1), (8, 8), (9, 4), (40, 2)]  # tiles, tiles of a partial result
+PARTS = [(1, 5), (2, 1), (7, 7), (8, 1), (9, 3), (9, 7), (40, 20), (40, 44)]  # tiles, partial results that there is room for
+MASKS = ("window", "sparse", "nothing", "all", "none")
 ATTN = [
     *(Attn(bits=bits, gqa=2) for bits in BITS),
-    *(Attn(bits=((2, 3, 4)[i % 3], (3, 4, 2)[i % 3]), D=D, H=1, gqa=(2, 1, 4)[i % 3], tiles=3, chunk=2)
+    *(Attn(bits=bits, D=(64, 48), gqa=3, tiny=True) for bits in BITS),
+    *(Attn(bits=((2, 3, 4)[i % 3], (3, 4, 2)[i % 3]), D=D, H=1, gqa=(2, 1, 4)[i % 3], tiles=3)
       for i, D in enumerate(HEADS)),
     *(Attn(bits=(2, 2), D=(64, D), H=1, gqa=gqa, tiles=3) for D in (128, 256, 512) for gqa in (1, 2, 4, 8)),
     *(Attn(bits=(0, 0), D=D, H=1, gqa=3, tiles=3) for D in ((64, 64), (80, 80), (256, 256))),
     *(Attn(D=(64, 64), H=1, gqa=gqa, rows=rows, tiles=3) for gqa, rows in GROUPS),
-    *(Attn(bits=(4, 3), D=(64, 64), H=2, tiles=tiles, chunk=chunk) for tiles, chunk in CHUNKS),
-    *(Attn(bits=(3, 2), D=(32, 64), rows=3, mask=mask, tiles=6, chunk=2) for mask in ("window", "sparse", "nothing", "all")),
-    *(Attn(bits=(0, 4), D=(64, 32), rows=2, mask=mask, tiles=4, chunk=2) for mask in ("window", "sparse", "nothing")),
-    Attn(D=(512, 64), H=1, gqa=8, tiles=2, chunk=2),  # the most threadgroup memory: one simdgroup
+    *(Attn(bits=(4, 3), D=(64, 64), H=2, tiles=tiles, parts=parts) for tiles, parts in PARTS),
+    *(Attn(bits=(3, 2), D=(32, 64), rows=3, mask=mask, tiles=6, parts=3) for mask in MASKS),
+    *(Attn(bits=(0, 4), D=(64, 32), rows=2, mask=mask, tiles=4) for mask in MASKS),
+    Attn(D=(512, 64), H=1, gqa=8, tiles=2, parts=1),  # the most threadgroup memory: one simdgroup
     Attn(D=(64, 64), rows=2, streams=(3, 1, 2)),
     Attn(D=(64, 64), rows=2, streams=(3, 0, 3), one_mask=True, mask="all"),
     Attn(D=(64, 64), gqa=3, rows=2, sinks=True),
@@ -182,10 +184,11 @@ ATTN = [
 ]
 # sanitizers take their time: the instances, widths and paths once, small
 ATTN_FEW = [
-    *(Attn(bits=bits, D=(32, 32), H=1, gqa=2, tiles=4, chunk=4) for bits in BITS),
-    *(Attn(bits=(2, 2), D=(16, D), H=1, gqa=gqa, tiles=2, chunk=2) for D in (64, 256, 512) for gqa in (1, 2, 4, 8)),
-    Attn(bits=(3, 3), D=(80, 80), H=1, gqa=3, rows=2, tiles=3, chunk=2, sinks=True, bias=4.0, softcap=5.0, mask="sparse"),
-    Attn(bits=(4, 4), D=(48, 48), H=2, gqa=2, rows=2, tiles=3, chunk=2, mask="nothing", streams=(2, 1, 1)),
+    *(Attn(bits=bits, D=(32, 32), H=1, gqa=2, tiles=4, parts=1, tiny=tiny) for bits in BITS for tiny in (False, True)),
+    *(Attn(bits=(2, 2), D=(16, D), H=1, gqa=gqa, tiles=2, parts=1) for D in (64, 256, 512) for gqa in (1, 2, 4, 8)),
+    Attn(bits=(3, 3), D=(80, 80), H=1, gqa=3, rows=2, tiles=3, parts=34, sinks=True, bias=4.0, softcap=5.0, mask="sparse"),
+    Attn(bits=(4, 4), D=(48, 48), H=2, gqa=2, rows=2, tiles=3, mask="nothing", streams=(2, 1, 1)),
+    Attn(bits=(3, 2), D=(16, 16), H=1, gqa=2, tiles=3, mask="none"),
 ]
 
 
@@ -265,7 +268,7 @@ def test_rows_of_tiles_are_unseals(results, mode):
 
 def test_no_barrier_is_too_many(builds):
     """Without any one of its barriers the source must show a race: none is useless, and none could get lost unnoticed."""
-    attn = [cases.attn(Attn(bits=bits, D=(16, 16), H=1, gqa=1, tiles=3, chunk=3), 1)[0] for bits in ((2, 3), (0, 2))]
+    attn = [cases.attn(Attn(bits=bits, D=(16, 16), H=1, gqa=1, tiles=3, parts=1), 1)[0] for bits in ((2, 3), (0, 2))]
     seal = [cases.tiles(Tiles(0, 2, 16, 1), "seal")[0]]
     for path, jobs in zip(harness.KERNELS, (attn, seal)):
         assert builds.run("tsan", jobs, ["forward 0"])
@@ -333,16 +336,22 @@ def test_glue_compiles(tree, name):
                   f"-I{tree}/ggml/src", f"-I{metal}", metal / name])
 
 
+@pytest.fixture(scope="module")
+def backend(builds, tree):
+    return builds.backend(tree)
+
+
 @pytest.mark.upstream
-def test_glue_passes_upstreams_test(builds, tree, test_bin_dir):
+@pytest.mark.parametrize("tiny, cases, at_least", [("0", UPSTREAM_CASES, 30), ("1", "D=64,", 3)], ids=["normal", "tiny"])
+def test_glue_passes_upstreams_test(backend, test_bin_dir, tiny, cases, at_least):
     """GGML_OP_KVARN on the backend that is made of our glue and kernels, against the CPU: tensors, strides, slots, streams."""
-    library = builds.backend(tree)
-    done = subprocess.run([test_bin_dir/"test-backend-ops", "test", "-b", "MSL", "-o", "KVARN", "-p", UPSTREAM_CASES], text=True,
-                          capture_output=True, env={**os.environ, "GGML_BACKEND_PATH": str(library), "KVARN_CPU": "portable"})
+    done = subprocess.run([test_bin_dir/"test-backend-ops", "test", "-b", "MSL", "-o", "KVARN", "-p", cases], text=True,
+                          capture_output=True, env={**os.environ, "GGML_BACKEND_PATH": str(backend), "KVARN_CPU": "portable",
+                                                    "KVARN_METAL_TINY": tiny})
     said = done.stdout + done.stderr
     assert done.returncode == 0 and "not supported" not in said, \
         "\n".join([line for line in said.splitlines() if "FAIL" in line or "not supported" in line][:20]) or said[-2000:]
-    assert said.count("KVARN(") >= 30, said[-2000:]
+    assert said.count("KVARN(") >= at_least, said[-2000:]
 
 
 def test_kernels_are_in_upstreams_lists(tree):

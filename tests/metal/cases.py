@@ -25,9 +25,10 @@ class Attn:
     gqa: int = 4
     rows: int = 1
     tiles: int = 5  # used per stream
-    chunk: int = 3
+    parts: int = 2  # partial results that there is room for
     streams: tuple = (1, 0, 1)  # in the cache, first used, used
     mask: str = "causal"
+    tiny: bool = False  # codes as f16 subnormals
     one_mask: bool = False  # all streams share it
     bias: float = 0.0
     softcap: float = 0.0
@@ -137,22 +138,23 @@ def attn(case: Attn, seed: int = 0) -> "tuple[Job, dict]":
     q = rng.standard_normal((used, case.rows, n_head, case.D[0])).astype(np.float32)
     sinks = rng.standard_normal(n_head).astype(np.float32) if case.sinks else None
     scale = np.float32(case.sharp / np.sqrt(case.D[0]))
-    n_chunks = -(-case.tiles // case.chunk)
     mask_rows = np.concatenate([mask, np.full((len(mask), 2, mask.shape[2]), np.nan, np.float16)], 1)  # may have more rows
 
     job.give("q", q)
     job.tensor("q", (case.D[0], case.rows, n_head, used), (4, q.strides[1], q.strides[2], q.strides[0]))
     job.give("plan", np.concatenate([np.full(GUARD, -1, np.int64), plan.ravel()]))
-    job.give("mask", mask_rows)
-    job.tensor("mask", (case.tiles * G, case.rows + 2, 1, len(mask)), (2, *mask_rows.strides[1::-1], mask_rows.strides[0]))
+    if case.mask != "none":
+        job.give("mask", mask_rows)
+        job.tensor("mask", (case.tiles * G, case.rows + 2, 1, len(mask)), (2, *mask_rows.strides[1::-1], mask_rows.strides[0]))
     if case.sinks:
         job.give("sinks", sinks)
-    for name, value in (("H", case.H), ("map_off", GUARD), ("n_tiles", n_tiles), ("s0", first), ("chunk", case.chunk),
-                        ("scale", float(scale)), ("max_bias", case.bias), ("softcap", case.softcap)):
+    for name, value in (("H", case.H), ("map_off", GUARD), ("n_tiles", n_tiles), ("s0", first), ("n_used", case.tiles),
+                        ("tiny", int(case.tiny)), ("scale", float(scale)), ("max_bias", case.bias), ("softcap", case.softcap)):
         job.value(name, value)
-    part, out = (used, case.rows * n_head, n_chunks, case.D[1] + 2), (used, case.rows, n_head, case.D[1])
+    part, out = (used, case.rows * n_head, case.parts, case.D[1] + 2), (used, case.rows, n_head, case.D[1])
+    job.scratch.append(("part", 4 * int(np.prod(part))))
+    job.take("out", np.float32, out)
     for name, shape in (("part", part), ("out", out)):
-        job.take(name, np.float32, shape)
         strides = 4 * np.cumprod([1, *shape[:0:-1]])
         job.tensor(name, shape[::-1], strides)
     return job, {"out": attend(case, q, dense, mask, sinks, scale)}

@@ -139,6 +139,7 @@ class Builds:
                 data.append(array.tobytes())
                 offset += array.nbytes
             text += [f"out {name} {np.dtype(dtype).itemsize * int(np.prod(shape))}" for name, dtype, shape in job.outputs]
+            text += [f"scratch {name} {size}" for name, size in job.scratch]
             text += [f"schedule {schedule}" for schedule in schedules] + ["run"]
         paths = [base.with_suffix(suffix) for suffix in (".txt", ".in", ".out")]
         paths[0].write_text("\n".join(text) + "\n")
@@ -165,6 +166,7 @@ class Job:
     facts: "list[str]" = field(default_factory=list)
     inputs: "list[tuple]" = field(default_factory=list)   # name, array, is it written
     outputs: "list[tuple]" = field(default_factory=list)  # name, dtype, shape
+    scratch: "list[tuple]" = field(default_factory=list)  # name, bytes
 
     def value(self, name: str, value) -> None:
         self.facts.append(f"{'int' if isinstance(value, (int, np.integer)) else 'float'} {name} {value}")

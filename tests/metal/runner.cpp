@@ -5,7 +5,7 @@
 // the name of every kernel it launches.
 //   op attn|get|seal|kernel    int NAME VALUE    float NAME VALUE    tensor NAME ne0..ne3 nb0..nb3    schedule KIND SEED
 //   in NAME OFFSET SIZE        bytes of INPUT, not to be changed      inout NAME OFFSET SIZE    written to OUTPUT in the end
-//   out NAME SIZE              written to OUTPUT in the end, 0xff before
+//   out NAME SIZE              written to OUTPUT in the end, 0xff before    scratch NAME SIZE    the same, not written to OUTPUT
 //
 // SPDX-License-Identifier: MIT
 
@@ -72,6 +72,10 @@ static void launch(const kvarn_metal_dispatch & d, run & r, const std::vector<st
     msl_free(m.buffer[KVARN_BUF_ARGS], d.args_size);
 }
 
+// of 8 KV heads, one stream: 32, 64, 256 threadgroups at 1k, 4k, 32k tokens; many streams; less room than that
+static_assert(kvarn_metal_chunk(8, 8, 6) == 2 && kvarn_metal_chunk(32, 8, 12) == 4 && kvarn_metal_chunk(256, 8, 68) == 8, "");
+static_assert(kvarn_metal_chunk(32, 300, 8) == 32 && kvarn_metal_chunk(5, 1, 2) == 3 && kvarn_metal_chunk(1, 1, 5) == 1, "");
+
 static void run_attn(run & r, const msl_schedule & schedule) {
     kvarn_metal_attn_op op = {};
     for (int side = 0; side < 2; ++side) {
@@ -83,7 +87,9 @@ static void run_attn(run & r, const msl_schedule & schedule) {
     op.map_off  = r.i["map_off"];
     op.n_tiles  = r.i["n_tiles"];
     op.s0       = r.i["s0"];
-    op.chunk    = r.i["chunk"];
+    op.n_used   = r.i["n_used"];
+    op.tiny     = r.i["tiny"];
+    op.has_mask = r.b.count("mask");
     op.scale    = r.f["scale"];
     op.max_bias = r.f["max_bias"];
     op.softcap  = r.f["softcap"];
@@ -177,7 +183,7 @@ static void run_job(run & r, const bytes & input, std::ofstream & output) {
                     }
                     fail(where + " differs from " + r.schedule_names[0] + " at byte " + std::to_string(at));
                 }
-            } else if (memcmp(input.data() + b.offset, data, b.size) != 0) {
+            } else if (b.is_in && memcmp(input.data() + b.offset, data, b.size) != 0) {
                 fail(where + " was written to");
             }
             msl_free(b.memory, b.size);
@@ -225,10 +231,10 @@ int main(int argc, char ** argv) {
         } else if (what == "tensor") {
             kvarn_metal_tensor & t = r.t[name];
             words >> t.ne[0] >> t.ne[1] >> t.ne[2] >> t.ne[3] >> t.nb[0] >> t.nb[1] >> t.nb[2] >> t.nb[3];
-        } else if (what == "in" || what == "inout" || what == "out") {
+        } else if (what == "in" || what == "inout" || what == "out" || what == "scratch") {
             buffer & b = r.b[name];
-            b.is_in  = what != "out";
-            b.is_out = what != "in";
+            b.is_in  = what == "in"  || what == "inout";
+            b.is_out = what == "out" || what == "inout";
             if (b.is_in) {
                 words >> b.offset;
             }
