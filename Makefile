@@ -13,7 +13,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := CMakeLists.txt pyproject.toml $(shell find ggml-kvarn python/kvarn -type f -not -path '*/__pycache__/*') \
            $(shell sed -n 's/^\([a-z].*[^ ]\) *->.*/\1/p' ggml-kvarn/overlay.txt)
 
-.PHONY: demo test soak setup check-tools clean
+.PHONY: demo test soak setup sdist check-tools clean
 
 demo: .venv/installed
 	@$(BIN)/kvarn demo $(ARGS)
@@ -65,5 +65,10 @@ endef
 	$(call build,--config-settings=cmake.define.KVARN_BUILD_TESTS=ON)
 	touch .venv/installed
 
+# our source archive, with the pinned llama.cpp inside: what it builds needs nothing from anywhere
+sdist: .venv/tools
+	@$(BIN)/python python/kvarn/upstream.py --pack vendor/llama.cpp.tar.gz
+	$(BIN)/python -c 'import scikit_build_core.build as b; print("dist/" + b.build_sdist("dist"))'
+
 clean:
-	rm -rf .venv build
+	rm -rf .venv build vendor dist

@@ -136,7 +136,7 @@ LLAMA_TABLE = [
     ({"type_k": "q3"}, ValueError, "unknown cache type 'q3': use one of kvarn2, kvarn3, kvarn4, f16"),
     ({"type_v": 200}, ValueError, "200 is no type id of "),
     ({"type_v": 10}, ValueError, "type q2_K (id 10) is no cache type: use one of kvarn2"),
-    ({"kv_type": "kvarn", "flash_attn": False}, ValueError, "cache type kvarn4/kvarn2 needs flash attention; leave flash_attn out"),
+    ({"kv_type": "kvarn", "flash_attn": False}, ValueError, "cache type kvarn4/kvarn2 needs flash attention; "),
     ({"model_path": "none.gguf"}, ValueError, "Model path does not exist: none.gguf"),
 ]
 

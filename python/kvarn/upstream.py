@@ -2,15 +2,18 @@
 
     python -m kvarn.upstream TREE [--from DIR]     puts a pristine tree into TREE
     python -m kvarn.upstream --sdist               prints the path of the checked source archive
+    python -m kvarn.upstream --pack FILE.tar.gz    the part of it that a build needs (10 MB), for our own source archive
 
-Where it comes from, first match wins: --from DIR or KVARN_LLAMA_CPP_DIR (a llama.cpp tree, copied, never changed), an archive
-with the right sha256 in the cache folder, pip. The cache folder is KVARN_CACHE_DIR or the user's cache. Which index pip asks is
-decided by pip's own configuration. Standard library and pip only: CMake calls this file before anything is installed.
+Where it comes from, first match wins: --from DIR or KVARN_LLAMA_CPP_DIR (a llama.cpp tree, copied, never changed), the packed
+part in our own source archive, an archive with the right sha256 in the cache folder, pip. The cache folder is KVARN_CACHE_DIR or
+the user's cache. Which index pip asks is decided by pip's own configuration. Standard library and pip only: CMake calls this file
+before anything is installed.
 
 SPDX-License-Identifier: MIT
 """
 
 import argparse
+import gzip
 import hashlib
 import importlib.util
 import os
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 STAMP = ".kvarn-upstream"
+PACKED = "vendor/llama.cpp.tar.gz"   # beside ggml-kvarn, in a source archive made by `make sdist`
 
 # what the build and its tests need of llama.cpp; without the web UI's sources, which are half of all files
 WANTED = ("CMakeLists.txt", "LICENSE", "AUTHORS", "cmake", "common", "ggml", "include", "licenses", "scripts", "src", "tests",
@@ -145,6 +149,26 @@ def unpack(archive: Path, tree: Path) -> None:
             tar.extractall(tree, members)
 
 
+def pack(archive: Path, packed: Path) -> int:
+    """Writes the wanted files of the source archive into a smaller one, the same bytes every time; how many they are."""
+    packed.parent.mkdir(parents=True, exist_ok=True)
+    partial = packed.with_name(packed.name + ".partial")
+    with tarfile.open(archive) as tar, partial.open("wb") as file, \
+            gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as zipped, \
+            tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as out:
+        wanted = {}
+        for member in tar:
+            _, _, path = member.name.partition("/vendor/llama.cpp/")
+            if path and is_wanted(path) and member.isfile():
+                wanted[path] = member
+        for path, member in sorted(wanted.items()):
+            entry = tarfile.TarInfo(f"packed/vendor/llama.cpp/{path}")
+            entry.size, entry.mode = member.size, 0o755 if member.mode & 0o100 else 0o644
+            out.addfile(entry, tar.extractfile(member))
+    partial.replace(packed)
+    return len(wanted)
+
+
 def commit_of(tree: Path) -> str:
     """The commit a llama.cpp tree is at, from our stamp or from git's files; "" if nothing says so."""
     stamp = tree / STAMP
@@ -191,7 +215,8 @@ def prepare(tree: Path, pin: Pin, origin: "Path | None" = None) -> None:
         say(f"copying llama.cpp from {origin}")
         copy_tree(origin, partial)
     else:
-        archive = fetch(pin)
+        packed = source_dir().parent / PACKED
+        archive = packed if packed.is_file() else fetch(pin)
         say(f"unpacking llama.cpp {pin.commit[:9]} from {archive}")
         unpack(archive, partial)
     if not (partial / "ggml" / "CMakeLists.txt").is_file():
@@ -207,12 +232,16 @@ def main(argv: "list[str] | None" = None) -> int:
     parser.add_argument("--from", dest="origin", default=os.environ.get("KVARN_LLAMA_CPP_DIR") or None, type=Path,
                         help="a llama.cpp tree to copy instead of fetching one")
     parser.add_argument("--sdist", action="store_true", help="only fetch the source archive and print its path")
+    parser.add_argument("--pack", metavar="FILE", type=Path, help="only write the part of it that a build needs")
     args = parser.parse_args(argv)
-    if not args.sdist and args.tree is None:
-        parser.error("name the folder to create, or use --sdist")
+    if not args.sdist and not args.pack and args.tree is None:
+        parser.error("name the folder to create, or use --sdist or --pack")
     try:
         pin = read_pin(source_dir())
-        if args.sdist:
+        if args.pack:
+            n_files = pack(fetch(pin), args.pack)
+            say(f"{args.pack}: {n_files} files of llama.cpp {pin.commit[:9]}, {args.pack.stat().st_size/2**20:.1f} MiB")
+        elif args.sdist:
             print(fetch(pin))
         else:
             prepare(args.tree.absolute(), pin, args.origin)
