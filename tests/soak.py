@@ -74,8 +74,8 @@ def chosen() -> "list[embedded.Problem]":
     return [p for family in FAMILIES for p in embedded.problems(family, N_PROBLEMS, SEED, SMALLEST, LARGEST)]
 
 
-def shortened(source: Path, target: Path, n_layer: int = 2) -> Path:
-    """The embedded model without its last layers: a draft model that is often wrong."""
+def shortened(source: Path, target: Path, n_layer: int = 6) -> Path:
+    """The embedded model without its last layer: a draft model that is mostly wrong."""
     import gguf
 
     reader = gguf.GGUFReader(source)
@@ -235,7 +235,7 @@ class Soak:
                    "--cache-ram", 0 if setup.has_slots else CACHE_RAM, "--slot-save-path", folder, *setup.options]
         if setup.name == "draft model":
             draft = shortened(embedded.path(), folder/"draft.gguf")
-            options += ["-md", draft, "-ctkd", "kvarn4", "-ctvd", "kvarn4", "--spec-draft-n-max", 8]
+            options += ["-md", draft, "--spec-type", "draft-simple", "--spec-draft-n-max", 4, "-ctkd", "kvarn4", "-ctvd", "kvarn4"]
         self.server = Server(program, embedded.path(), *options)
 
     def count(self, what: str, n: int = 1) -> None:

@@ -25,7 +25,7 @@ def byte_vocabulary():
 def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_head: int = 4, n_head_kv: int = 2, n_embd: int = 64,
           n_ff: int = 128, n_ctx: int = 131072, window: int = 256, loud: float = 0.0, loud_tokens: int = 0,
           gain: float = 2.0, seed: int = 1, value_dim: int = 0, kv_heads: "tuple[int, ...]" = (),
-          chat_template: str = ""):
+          chat_template: str = "", nextn: int = 0):
     """Writes a model to path and returns path.
 
     window       sliding window (gemma3, mimo2: of the first of two layers)
@@ -33,6 +33,7 @@ def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_he
     loud_tokens  so many bytes, from "0" on, share a direction that the keys amplify: tokens with keys a few times longer
     value_dim    head size of the values, kv_heads: KV heads of each layer (mimo2 only)
     gain         of queries and keys: the larger, the more a query looks at few tokens
+    nextn        blocks that draft the token after the next (mimo2 only); the others then say less, so that drafts are often right
     """
     rng = np.random.default_rng(seed)
     tokens, types, scores = byte_vocabulary()
@@ -40,10 +41,10 @@ def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_he
     writer.add_name(f"tiny-{arch}-{head_dim}")
     writer.add_context_length(n_ctx)
     writer.add_embedding_length(n_embd)
-    writer.add_block_count(n_layer)
+    writer.add_block_count(n_layer + nextn)
     writer.add_feed_forward_length(n_ff)
     writer.add_head_count(n_head)
-    heads = list(kv_heads) or [n_head_kv]*n_layer
+    heads = list(kv_heads) or [n_head_kv]*(n_layer + nextn)
     value_dim = value_dim or head_dim
     writer.add_head_count_kv(heads if kv_heads else n_head_kv)
     writer.add_key_length(head_dim)
@@ -53,8 +54,10 @@ def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_he
     if arch in ("gemma3", "mimo2"):
         writer.add_sliding_window(window)
     if arch == "mimo2":
-        writer.add_sliding_window_pattern([layer % 2 == 0 for layer in range(n_layer)])
+        writer.add_sliding_window_pattern([layer % 2 == 0 and layer < n_layer for layer in range(n_layer + nextn)])
         writer.add_expert_feed_forward_length(n_ff)
+    if nextn:
+        writer.add_nextn_predict_layers(nextn)
     if chat_template:
         writer.add_chat_template(chat_template)
     writer.add_vocab_size(len(tokens))
@@ -75,6 +78,15 @@ def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_he
     def ones(name, size):
         writer.add_tensor(name + ".weight", np.ones(size, np.float32))
 
+    def attention(block, n_heads):
+        matrix(block + "attn_q", n_head*head_dim, n_embd, gain=gain)
+        keys = rng.standard_normal((n_heads*head_dim, n_embd))*gain/np.sqrt(n_embd)
+        keys[::head_dim//4] *= 1 + loud
+        if loud_tokens:
+            keys += np.outer(rng.standard_normal(n_heads*head_dim), direction)*4*gain/n_embd
+        writer.add_tensor(block + "attn_k.weight", keys.astype(np.float16))
+        matrix(block + "attn_v", n_heads*value_dim, n_embd, gain=2.0)
+
     embedding = rng.standard_normal((len(tokens), n_embd))
     direction = rng.standard_normal(n_embd)
     first = 3 + ord("0")
@@ -82,7 +94,8 @@ def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_he
     writer.add_tensor("token_embd.weight", embedding.astype(np.float16))
     matrix("output", len(tokens), n_embd, gain=3.0)
     ones("output_norm", n_embd)
-    for layer in range(n_layer):
+    out = 0.3 if nextn else 1.0
+    for layer in range(n_layer + nextn):
         block = f"blk.{layer}."
         for norm in ("attn_norm", "ffn_norm"):
             ones(block + norm, n_embd)
@@ -92,17 +105,17 @@ def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_he
         if arch in ("qwen3", "gemma3"):
             for norm in ("attn_q_norm", "attn_k_norm"):
                 ones(block + norm, head_dim)
-        matrix(block + "attn_q", n_head*head_dim, n_embd, gain=gain)
-        keys = rng.standard_normal((heads[layer]*head_dim, n_embd))*gain/np.sqrt(n_embd)
-        keys[::head_dim//4] *= 1 + loud
-        if loud_tokens:
-            keys += np.outer(rng.standard_normal(heads[layer]*head_dim), direction)*4*gain/n_embd
-        writer.add_tensor(block + "attn_k.weight", keys.astype(np.float16))
-        matrix(block + "attn_v", heads[layer]*value_dim, n_embd, gain=2.0)
-        matrix(block + "attn_output", n_embd, n_head*value_dim)
+        if layer >= n_layer:
+            for norm in ("enorm", "hnorm"):
+                ones(block + "nextn." + norm, n_embd)
+            writer.add_tensor(block + "nextn.eh_proj.weight", np.eye(n_embd, 2*n_embd, dtype=np.float16))
+            matrix(block + "attn_qkv", (n_head + heads[layer])*head_dim + heads[layer]*value_dim, n_embd, gain=gain)
+        else:
+            attention(block, heads[layer])
+        matrix(block + "attn_output", n_embd, n_head*value_dim, out)
         matrix(block + "ffn_gate", n_ff, n_embd)
         matrix(block + "ffn_up", n_ff, n_embd)
-        matrix(block + "ffn_down", n_embd, n_ff)
+        matrix(block + "ffn_down", n_embd, n_ff, out)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
