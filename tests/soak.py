@@ -235,7 +235,8 @@ class Soak:
                    "--cache-ram", 0 if setup.has_slots else CACHE_RAM, "--slot-save-path", folder, *setup.options]
         if setup.name == "draft model":
             draft = shortened(embedded.path(), folder/"draft.gguf")
-            options += ["-md", draft, "--spec-type", "draft-simple", "--spec-draft-n-max", 4, "-ctkd", "kvarn4", "-ctvd", "kvarn4"]
+            options += ["-md", draft, "--spec-type", "draft-simple", "--spec-draft-n-max", 4]
+            options += ["-ctkd", "kvarn4", "-ctvd", "kvarn4"]
         self.server = Server(program, embedded.path(), *options)
 
     def count(self, what: str, n: int = 1) -> None:
