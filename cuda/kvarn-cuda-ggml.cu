@@ -76,6 +76,13 @@ static kvarn_attn_args kvarn_attn_args_of(const ggml_tensor * attn) {
     return a;
 }
 
+void ggml_cuda_kvarn_reduce(ggml_backend_cuda_context & ctx, ggml_tensor * reduce, ggml_tensor * out) {
+    const kvarn_attn_args a = kvarn_attn_args_of(reduce->src[0]);
+    const float * sinks = reduce->src[1] ? (const float *) reduce->src[1]->data : nullptr;
+    CUDA_CHECK(kvarn_reduce(a.part, sinks, (float *) out->data, a.side[1].D, a.n_stream*a.n_rows*a.H*a.n_gqa, a.H*a.n_gqa, a.cap,
+                            a.n_split + a.n_open, ctx.stream(), out == reduce ? 0 : (int) out->ne[0]));
+}
+
 bool ggml_cuda_op_kvarn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     cudaStream_t stream = ctx.stream();
 
@@ -95,12 +102,9 @@ bool ggml_cuda_op_kvarn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         case KVARN_OP_ATTN:
             CUDA_CHECK(kvarn_attn(kvarn_attn_args_of(dst), stream));
             break;
-        case KVARN_OP_REDUCE: {
-            const kvarn_attn_args a = kvarn_attn_args_of(dst->src[0]);
-            CUDA_CHECK(kvarn_reduce(a.part, dst->src[1] ? (const float *) dst->src[1]->data : nullptr, (float *) dst->data,
-                    a.side[1].D,
-                    a.n_stream*a.n_rows*a.H*a.n_gqa, a.H*a.n_gqa, a.cap, a.n_split + a.n_open, stream));
-        } break;
+        case KVARN_OP_REDUCE:
+            ggml_cuda_kvarn_reduce(ctx, dst, dst);
+            break;
     }
     return true;
 }

@@ -55,8 +55,9 @@ cudaError_t kvarn_attn_f16 (const kvarn_attn_args & a, cudaStream_t stream); // 
 cudaError_t kvarn_attn_any (const kvarn_attn_args & a, cudaStream_t stream); // every shape
 
 // REDUCE: partial results of n query vectors -> out[n][D].  sinks: one logit per head or NULL
+// n_rot: channels rotated together, the power of two that undoes the values' rotation; 0: none
 cudaError_t kvarn_reduce(const float * part, const float * sinks, float * out, int D, int n, int n_head, int cap, int n_split,
-                         cudaStream_t stream);
+                         cudaStream_t stream, int n_rot = 0);
 
 // GET: tiles map[stream][i], i < n_used -> f16 rows [stream][i*128 + t][head][D]
 cudaError_t kvarn_get(int side, int bits, int D, int H, const uint8_t * tiles, const half * tail, const int64_t * map, half * out,
@@ -65,3 +66,27 @@ cudaError_t kvarn_get(int side, int bits, int D, int H, const uint8_t * tiles, c
 // SEAL: pairs (slot, tile) of the list, slot -1: nothing
 cudaError_t kvarn_seal(int side, int bits, int D, int H, const half * tail, const int64_t * list, int n_list, uint8_t * tiles,
                        cudaStream_t stream);
+
+// one side of PREP
+struct kvarn_prep_side {
+    int             bits;  // 0: this side is not stored here
+    int             D;
+    int             n_rot; // channels rotated together
+    const float   * cur;   // [token][head][D]
+    const int64_t * rows;  // tail row of each token
+    half          * tail;
+    uint8_t       * tiles;
+};
+
+struct kvarn_prep_args {
+    kvarn_prep_side side[2];
+    int             H, n_tokens;
+    const int64_t * list;          // of SEAL, for both sides
+    int             n_list;
+    const float   * q;             // n_q vectors of q_size channels, to be rotated by q_rot
+    float         * q_out;
+    int             n_q, q_size, q_rot;
+};
+
+// PREP: few tokens' keys and values rotated, stored in the tail, tiles that are full sealed, and queries rotated
+cudaError_t kvarn_prep(const kvarn_prep_args & args, cudaStream_t stream);

@@ -17,8 +17,7 @@
 // N: channels/64, rounded up
 template <int N>
 static __global__ void __launch_bounds__(32*N_WARPS) kvarn_reduce_kernel(const float * part, const float * sinks, float * out,
-        int D,
-                                                                       int n_head, int cap, int n_split) {
+        int D, int n_head, int cap, int n_split, int n_rot) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32;
     const float * p = part + (int64_t) blockIdx.x*cap*(D + 2);
 
@@ -68,6 +67,7 @@ static __global__ void __launch_bounds__(32*N_WARPS) kvarn_reduce_kernel(const f
 
     __shared__ float2 heads[N_WARPS];
     __shared__ float2 sums [N_WARPS][32*N];
+    __shared__ __align__(8) float rotated[64*N];
     if (lane == 0) {
         heads[warp] = make_float2(max, sum);
     }
@@ -99,20 +99,42 @@ static __global__ void __launch_bounds__(32*N_WARPS) kvarn_reduce_kernel(const f
             o.x = fmaf(f[w], sums[w][at].x, o.x);
             o.y = fmaf(f[w], sums[w][at].y, o.y);
         }
-        *(float2 *) (out + (int64_t) blockIdx.x*D + 2*at) = make_float2(o.x*r, o.y*r);
+        o = make_float2(o.x*r, o.y*r);
+        if (!n_rot) {
+            *(float2 *) (out + (int64_t) blockIdx.x*D + 2*at) = o;
+        } else {
+            *(float2 *) (rotated + 2*at) = o;
+        }
+    }
+    if (!n_rot) {
+        return;
+    }
+    __syncthreads();
+    for (int n = 1; n < n_rot; n *= 2) {
+        for (int at = threadIdx.x; at < D/2; at += 32*N_WARPS) {
+            const int i = (at & ~(n - 1))*2 | (at & (n - 1));
+            const float a = rotated[i], b = rotated[i + n];
+            rotated[i]     = a + b;
+            rotated[i + n] = a - b;
+        }
+        __syncthreads();
+    }
+    const float scale = 1.0f/sqrtf((float) n_rot);
+    for (int d = threadIdx.x; d < D; d += 32*N_WARPS) {
+        out[(int64_t) blockIdx.x*D + d] = rotated[d]*scale;
     }
 }
 
 cudaError_t kvarn_reduce(const float * part, const float * sinks, float * out, int D, int n, int n_head, int cap, int n_split,
-                         cudaStream_t stream) {
+                         cudaStream_t stream, int n_rot) {
     if (D <= 64) {
-        KVARN_LAUNCH(kvarn_reduce_kernel<1>, n, 32*N_WARPS, 0, stream, part, sinks, out, D, n_head, cap, n_split);
+        KVARN_LAUNCH(kvarn_reduce_kernel<1>, n, 32*N_WARPS, 0, stream, part, sinks, out, D, n_head, cap, n_split, n_rot);
     } else if (D <= 128) {
-        KVARN_LAUNCH(kvarn_reduce_kernel<2>, n, 32*N_WARPS, 0, stream, part, sinks, out, D, n_head, cap, n_split);
+        KVARN_LAUNCH(kvarn_reduce_kernel<2>, n, 32*N_WARPS, 0, stream, part, sinks, out, D, n_head, cap, n_split, n_rot);
     } else if (D <= 256) {
-        KVARN_LAUNCH(kvarn_reduce_kernel<4>, n, 32*N_WARPS, 0, stream, part, sinks, out, D, n_head, cap, n_split);
+        KVARN_LAUNCH(kvarn_reduce_kernel<4>, n, 32*N_WARPS, 0, stream, part, sinks, out, D, n_head, cap, n_split, n_rot);
     } else {
-        KVARN_LAUNCH(kvarn_reduce_kernel<8>, n, 32*N_WARPS, 0, stream, part, sinks, out, D, n_head, cap, n_split);
+        KVARN_LAUNCH(kvarn_reduce_kernel<8>, n, 32*N_WARPS, 0, stream, part, sinks, out, D, n_head, cap, n_split, n_rot);
     }
     return cudaGetLastError();
 }

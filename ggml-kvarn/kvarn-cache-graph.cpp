@@ -7,6 +7,7 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <cmath>
 
 ggml_tensor * llama_kvarn::build_plan(ggml_context * ctx, const llama_ubatch & ubatch) {
     // its length may depend only on what decides whether a graph is reused: tokens, sequences, streams
@@ -84,4 +85,55 @@ void llama_kvarn::set_input_plan(int64_t * data, const llama_ubatch & ubatch, co
             map[tile] = tiles[tile].slot;
         }
     }
+}
+
+// The mask of sequences that share no cell with another, filled from the first cell on: tokens see every cell in use but those of
+// later tokens. Looking at each cell for every token that is decoded takes longer than the attention does.
+bool llama_kvarn::set_input_mask(ggml_tensor * dst, const llama_ubatch & ubatch, bool causal) const {
+    const uint32_t n_kv     = dst->ne[0];
+    const uint32_t n_stream = dst->ne[3];
+    const uint32_t n_rows   = ubatch.n_tokens/n_stream;
+
+    if (dst->type != GGML_TYPE_F16 || !causal || kv.hparams.use_alibi || kv.swa_type != LLAMA_SWA_TYPE_NONE || ubatch.is_pos_2d()) {
+        return false;
+    }
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        const llama_seq_id id = ubatch.seq_id[s*n_rows][0];
+        const auto & cells = kv.v_cells[kv.seq_to_stream[id]];
+        if (cells.seq_pos_get(id).size() != cells.get_used() || cells.used_max_p1() != cells.get_used() || cells.get_used() > n_kv) {
+            return false;
+        }
+        for (uint32_t i = s*n_rows; i < (s + 1)*n_rows; ++i) {
+            if (ubatch.seq_id[i][0] != id) {
+                return false;
+            }
+        }
+    }
+
+    const ggml_fp16_t keep = ggml_fp32_to_fp16(0.0f), drop = ggml_fp32_to_fp16(-INFINITY);
+
+    ggml_fp16_t * row = (ggml_fp16_t *) dst->data;
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        const llama_seq_id id = ubatch.seq_id[s*n_rows][0];
+        const auto & cells = kv.v_cells[kv.seq_to_stream[id]];
+
+        const llama_pos * pos = ubatch.pos + s*n_rows;
+        const llama_pos first = *std::min_element(pos, pos + n_rows);
+
+        std::vector<std::pair<llama_pos, uint32_t>> later; // latest first
+        for (auto it = cells.seq_pos_get(id).rbegin(); it != cells.seq_pos_get(id).rend() && it->first > first; ++it) {
+            later.push_back(*it);
+        }
+        for (uint32_t i = 0; i < n_rows; ++i, row += n_kv) {
+            std::fill(row, row + cells.get_used(), keep);
+            std::fill(row + cells.get_used(), row + n_kv, drop);
+            for (const auto & cell : later) {
+                if (cell.first <= pos[i]) {
+                    break;
+                }
+                row[cell.second] = drop;
+            }
+        }
+    }
+    return true;
 }

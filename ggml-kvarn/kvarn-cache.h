@@ -111,6 +111,7 @@ public:
 
     void set_input_rows(int64_t * data, const slot_info & sinfo) const;
     void set_input_plan(int64_t * data, const llama_ubatch & ubatch, const slot_info & sinfo) const;
+    bool set_input_mask(ggml_tensor * dst, const llama_ubatch & ubatch, bool causal) const; // false: not a simple one, nothing written
 
     //
     // state

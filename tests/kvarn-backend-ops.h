@@ -5,6 +5,8 @@
 
 #include "kvarn-graph.h"
 
+#include <bitset>
+
 // SEAL two of four slots into tiles, then GET a window that holds sealed, open and empty tiles of two streams.
 struct test_kvarn : public test_case {
     const int side, bits, D, H;
@@ -150,6 +152,91 @@ struct test_kvarn_attn : public test_case {
     }
 };
 
+// A token's whole way as llama.cpp builds it: rotations, SET_ROWS, SEAL of the tile it fills, ATTN, REDUCE, the rotation back.
+struct test_kvarn_step : public test_kvarn_attn {
+    test_kvarn_step(int bits_k, int bits_v, int D = 128, int gqa = 4, int rows = 1)
+        : test_kvarn_attn(bits_k, bits_v, D, D, gqa, rows) {}
+
+    static constexpr int n_seal = n_slots - 1;
+
+    std::string vars() override { return "step," + VARS_TO_STR5(bits_k, bits_v, D_k, gqa, rows); }
+
+    ggml_tensor * rotate(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * rot) {
+        ggml_tensor * res = ggml_mul_mat(ctx, rot, ggml_reshape_2d(ctx, cur, rot->ne[0], ggml_nelements(cur)/rot->ne[0]));
+        ggml_mul_mat_set_hint(res, GGML_HINT_SRC0_IS_HADAMARD);
+        return ggml_reshape_4d(ctx, res, cur->ne[0], cur->ne[1], cur->ne[2], cur->ne[3]);
+    }
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        const int64_t n_tokens = rows*n_stream, n_kv = (int64_t) n_used*KVARN_G;
+
+        const int64_t n_rot = D_k & -D_k; // the largest power of two that divides it
+
+        ggml_tensor * plan = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens + 2*n_seal + n_tiles()*n_stream);
+        ggml_tensor * rot  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rot, n_rot);
+        ggml_set_name(rot, "rot");
+
+        const int bits[2] = { bits_k, bits_v };
+        ggml_tensor * q = rotate(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D_k, H*gqa, n_tokens), rot);
+        ggml_tensor * cur[2], * kv[2];
+        for (int side : { KVARN_KEY, KVARN_VALUE }) {
+            cur[side] = rotate(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D_k, H, n_tokens), rot);
+        }
+        ggml_tensor * index = ggml_view_1d(ctx, plan, n_tokens, 0);
+        for (int side : { KVARN_KEY, KVARN_VALUE }) {
+            const kvarn_shape shape = { side, bits[side], D_k, H, (int32_t) n_tokens, n_seal, n_tiles() };
+
+            const int64_t size = (int64_t) kvarn_tile_size(D_k, bits[side])*H;
+            ggml_tensor * tiles = ggml_new_tensor_3d(ctx, GGML_TYPE_I8,  size, n_tiles(), n_stream);
+            ggml_tensor * tail  = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, (int64_t) D_k*H, KVARN_G*n_slots);
+            ggml_tensor * rows  = ggml_set_rows(ctx, tail, ggml_reshape_2d(ctx, cur[side], (int64_t) D_k*H, n_tokens), index);
+            ggml_tensor * seal  = ggml_kvarn_seal(ctx, tiles, rows, plan, shape);
+            kv[side] = ggml_permute(ctx, ggml_kvarn_get(ctx, seal, rows, plan, shape, n_kv, 0, n_stream), 0, 2, 1, 3);
+        }
+        ggml_tensor * mask = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, n_kv, rows, 1, n_stream);
+        ggml_set_name(mask, "mask");
+
+        q = ggml_permute(ctx, ggml_reshape_4d(ctx, q, D_k, H*gqa, rows, n_stream), 0, 2, 1, 3);
+        ggml_tensor * out = ggml_kvarn_attn(ctx, q, kv[0], kv[1], mask, nullptr, 4.0f/sqrtf(D_k), 0.0f, 0.0f);
+        return rotate(ctx, ggml_reshape_2d(ctx, out, (int64_t) D_k*H*gqa, n_tokens), rot);
+    }
+
+    void initialize_tensors(ggml_context * ctx) override {
+        std::vector<int64_t> plan;
+        for (int i = 0; i < rows*n_stream; ++i) {
+            plan.push_back(i % 2 ? KVARN_G*n_slots - 1 - i : KVARN_G - 1 - i); // a slot that stays open, one that is sealed
+        }
+        const std::vector<int64_t> rest = make_plan();
+        plan.insert(plan.end(), rest.begin(), rest.end());
+
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
+            if (t->view_src || t->op != GGML_OP_NONE) {
+                continue;
+            }
+            if (t->type == GGML_TYPE_I64) {
+                ggml_backend_tensor_set(t, plan.data(), 0, plan.size()*sizeof(int64_t));
+            } else if (t->type == GGML_TYPE_I8) {
+                ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t));
+            } else if (strcmp(t->name, "mask") == 0) {
+                init_mask(t, rest.data() + 2*n_seal);
+            } else if (strcmp(t->name, "rot") == 0) {
+                init_rotation(t);
+            } else {
+                init_tensor_uniform(t);
+            }
+        }
+    }
+
+    static void init_rotation(ggml_tensor * rot) {
+        const int n = rot->ne[0];
+        std::vector<float> data(n*n);
+        for (int i = 0; i < n*n; ++i) {
+            data[i] = (std::bitset<32>(i/n & i%n).count() % 2 ? -1.0f : 1.0f)/sqrtf(n);
+        }
+        ggml_backend_tensor_set(rot, data.data(), 0, data.size()*sizeof(float));
+    }
+};
+
 static void kvarn_add_cases(std::vector<std::unique_ptr<test_case>> & cases) {
     for (int side : { KVARN_KEY, KVARN_VALUE }) {
         for (int bits : { 2, 3, 4, KVARN_BITS_EXACT }) {
@@ -184,5 +271,16 @@ static void kvarn_add_cases(std::vector<std::unique_ptr<test_case>> & cases) {
         cases.emplace_back(new test_kvarn_attn(bits, bits, 128, 128, 3, 2, 5, false, 8.0f));
         cases.emplace_back(new test_kvarn_attn(bits, bits, 128, 128, 3, 2, 5, false, 0.0f, 10.0f));
         cases.emplace_back(new test_kvarn_attn(bits, bits, 128, 128, 3, 2, 5, true, 8.0f, 10.0f));
+    }
+    for (int bits_k : { 2, 3, 4 }) {
+        for (int bits_v : { 2, 4 }) {
+            cases.emplace_back(new test_kvarn_step(bits_k, bits_v));
+        }
+    }
+    for (int D : { 64, 80, 256 }) {
+        cases.emplace_back(new test_kvarn_step(4, 2, D, 2));
+    }
+    for (int rows : { 2, 5, 16 }) {
+        cases.emplace_back(new test_kvarn_step(4, 2, 128, 8, rows));
     }
 }

@@ -23,6 +23,7 @@ from kernel_requests import patched_tree
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = ROOT / "cuda"
 KERNELS = sorted(path for path in CUDA.glob("*.cu") if not path.name.endswith("-ggml.cu"))
+GLUE = sorted(CUDA.glob("*-ggml.cu"))
 ARCHITECTURES = (75, 86, 90, 120)
 WHEELS = [f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")]
 
@@ -73,11 +74,12 @@ def test_kernels_compile_without_warnings_and_hardly_spill(tmp_path):
     assert not spilled, "\n".join(spilled)
 
 
-def test_glue_compiles_in_the_patched_tree(tmp_path):
+@pytest.mark.parametrize("glue", GLUE, ids=lambda path: path.stem)
+def test_glue_compiles_in_the_patched_tree(glue, tmp_path):
     tree = patched_tree() / "ggml"
     run(toolkit() / "bin/nvcc", "-std=c++17", "-use_fast_math", "-extended-lambda", "-gencode=arch=compute_90,code=sm_90",
         f"-I{tree}/include", f"-I{tree}/src", f"-I{tree}/src/ggml-cuda", f"-I{ROOT}/ggml-kvarn", "-Xcompiler", "-Wall",
-        "-c", CUDA / "kvarn-cuda-ggml.cu", "-o", tmp_path / "glue.o")
+        "-c", glue, "-o", tmp_path / "glue.o")
 
 
 def compile_for_cpu(sources: "list[Path]", folder: Path, *flags) -> "list[Path]":
@@ -115,15 +117,16 @@ def test_seal_and_get_on_the_cpu_give_the_bytes_of_the_reference(on_cpu):
     assert " 0 failed" in run(on_cpu["bench-seal"], "check", timeout=600)
 
 
-# of kvarn-backend-ops.h: a head size in full, group sizes, rows, an f16 cache beside tiles, sinks, ALiBi, soft cap
-UPSTREAM_CASES = "D=64,|D_k=64,D_v=64,gqa=[1237],.*n_used=[125],|bits_[kv]=0|bits_k=3.*(sinks=1|max_bias=8|softcap=1)|rows=[25]"
+# of kvarn-backend-ops.h: a head size in full, group sizes, rows, an f16 cache beside tiles, sinks, ALiBi, soft cap, fused steps
+UPSTREAM_CASES = ("D=64,|step,.*(D_k=(64|80)|rows=5|bits_k=3)|D_k=64,D_v=64,gqa=[1237],.*n_used=[125],|bits_[kv]=0|"
+                  "bits_k=3.*(sinks=1|max_bias=8|softcap=1)|rows=[25]")
 
 
 @pytest.mark.upstream
 def test_glue_passes_upstreams_test(kernels_on_cpu, tmp_path, test_bin_dir):
     """GGML_OP_KVARN on a backend made of our glue and kernels, against the CPU backend: tensors, strides, slots, streams."""
     tree = patched_tree() / "ggml"
-    glue = compile_for_cpu([CUDA / "kvarn-cuda-ggml.cu", ROOT / "tests/cuda/backend-ggml.cpp"], tmp_path,
+    glue = compile_for_cpu([*GLUE, ROOT / "tests/cuda/backend-ggml.cpp"], tmp_path,
                            f"-I{ROOT}/tests/cuda/stubs", f"-I{tree}/include", f"-I{tree}/src", "-include", "ggml-impl.h")
     library = tmp_path / "libptx.so"
     run("g++", "-shared", "-o", library, *glue, *kernels_on_cpu)

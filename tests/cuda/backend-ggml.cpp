@@ -21,7 +21,13 @@ static ggml_status compute(ggml_backend_t backend, ggml_cgraph * graph) {
     ggml_backend_cuda_context ctx;
     for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
         ggml_tensor * node = ggml_graph_node(graph, i);
-        if (!is_view(node) && !ggml_cuda_op_kvarn(ctx, node)) {
+        if (is_view(node)) {
+            continue;
+        }
+        if (const int n = ggml_cuda_kvarn_fuse(ctx, graph, i)) {
+            i += n;
+        } else if (node->op != GGML_OP_KVARN || !ggml_cuda_op_kvarn(ctx, node)) {
+            fprintf(stderr, "%s (%s) is not fused\n", node->name, ggml_op_name(node->op));
             return GGML_STATUS_FAILED;
         }
     }
@@ -45,9 +51,10 @@ static void props_of_device(ggml_backend_dev_t dev, ggml_backend_dev_props * pro
 
 static ggml_backend_buffer_type_t memory_type(ggml_backend_dev_t dev) { GGML_UNUSED(dev); return ggml_backend_cpu_buffer_type(); }
 
+// rotations and SET_ROWS only as a part of what is fused
 static bool supports(ggml_backend_dev_t dev, const ggml_tensor * op) {
     GGML_UNUSED(dev);
-    return is_view(op) || (op->op == GGML_OP_KVARN && ggml_cuda_kvarn_supported(0, op));
+    return is_view(op) || op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_SET_ROWS || (op->op == GGML_OP_KVARN && ggml_cuda_kvarn_supported(0, op));
 }
 
 static bool supports_memory(ggml_backend_dev_t dev, ggml_backend_buffer_type_t type) {

@@ -1,0 +1,78 @@
+// kvarn-prep.cu - PREP: what a decoded token needs before attention, in one launch. No ggml.
+//
+// SPDX-License-Identifier: MIT
+//
+//   block  a head of keys or of values: its rows are rotated and written to the tail, then its tiles of the list are sealed;
+//          or 8 query vectors
+//   warp   one vector at a time: a Hadamard transform of n_rot channels in shared memory
+// Bound by the latency of one launch, which is why it is one: rotating, storing and sealing apart are eight.
+
+#if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
+
+#include "kvarn-seal.cuh"
+
+#define N_WARPS (THREADS/32)
+
+// D channels of x to y, each n_rot of them transformed; the order of kvarn-cache.cpp's matrix, scaled by 1/sqrt(n_rot)
+template <typename T>
+static __device__ __forceinline__ void kvarn_rotate(const float * x, T * y, int D, int n_rot, float * buffer) {
+    const int lane = threadIdx.x % 32;
+    for (int d = lane; d < D; d += 32) {
+        buffer[d] = x[d];
+    }
+    __syncwarp();
+    for (int n = 1; n < n_rot; n *= 2) {
+        for (int at = lane; at < D/2; at += 32) {
+            const int i = (at & ~(n - 1))*2 | (at & (n - 1));
+            const float a = buffer[i], b = buffer[i + n];
+            buffer[i]     = a + b;
+            buffer[i + n] = a - b;
+        }
+        __syncwarp();
+    }
+    const float scale = 1.0f/sqrtf((float) n_rot);
+    for (int d = lane; d < D; d += 32) {
+        y[d] = (T) (buffer[d]*scale);
+    }
+    __syncwarp();
+}
+
+static __global__ void __launch_bounds__(THREADS) kvarn_prep_kernel(const kvarn_prep_args a) {
+    __shared__ float buffers[N_WARPS][KVARN_D_MAX];
+
+    const int warp = threadIdx.x/32;
+    int block = blockIdx.x;
+
+    for (int side = 0; side < 2; ++side) {
+        const kvarn_prep_side & s = a.side[side];
+        const int H = s.bits ? a.H : 0;
+        if (block >= H) {
+            block -= H;
+            continue;
+        }
+        const int64_t stride = (int64_t) s.D*H;
+        for (int t = warp; t < a.n_tokens; t += N_WARPS) {
+            kvarn_rotate(s.cur + t*stride + block*s.D, s.tail + s.rows[t]*stride + block*s.D, s.D, s.n_rot, buffers[warp]);
+        }
+        for (int n = 0; n < a.n_list; ++n) {
+            if (a.list[2*n] >= 0) {
+                __syncthreads(); // the rows are there; the last tile is done
+                kvarn_seal_head(side, s.bits, s.D, H, block, s.tail, a.list[2*n], a.list[2*n + 1], s.tiles);
+            }
+        }
+        return;
+    }
+
+    const int vector = block*N_WARPS + warp;
+    if (vector < a.n_q) {
+        kvarn_rotate(a.q + (int64_t) vector*a.q_size, a.q_out + (int64_t) vector*a.q_size, a.q_size, a.q_rot, buffers[warp]);
+    }
+}
+
+cudaError_t kvarn_prep(const kvarn_prep_args & a, cudaStream_t stream) {
+    const int n_blocks = (a.side[0].bits ? a.H : 0) + (a.side[1].bits ? a.H : 0) + (a.n_q + N_WARPS - 1)/N_WARPS;
+    KVARN_LAUNCH(kvarn_prep_kernel, n_blocks, THREADS, 0, stream, a);
+    return cudaGetLastError();
+}
+
+#endif
