@@ -119,6 +119,19 @@ def test_demo_on_an_own_model(tiny):
 
 
 @pytest.mark.llama
+def test_demo_and_eval_print_json(tiny, tmp_path):
+    done = run(script("kvarn"), "demo", "--model", tiny(), "--tokens", "8", "--caches", "f16,kvarn", "--json")
+    assert [row["cache"] for row in json.loads(done.stdout)] == ["f16", "kvarn4/kvarn2"], done.stderr
+    text = tmp_path/"text.txt"
+    text.write_text("All work and no play makes Jack a dull boy. " * 60)
+    done = run(script("kvarn"), "eval", tiny(), "--text", text, "--ctx", "256", "--chunks", "1", "--decode", "8", "--greedy", "0",
+               "--caches", "kvarn2", "--out", tmp_path/"out", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [(row["kv"], row["setting"]) for row in json.loads(done.stdout)] \
+        == [("f16", "shipped"), ("kvarn2", "shipped"), ("kvarn2", "no tail")]
+
+
+@pytest.mark.llama
 @pytest.mark.parametrize("words, said", [
     (["--caches", "f16,kvarn8"], "kvarn: unknown kv_type 'kvarn8'"),
     (["--model", "no-such.gguf"], "kvarn: Model path does not exist: no-such.gguf"),

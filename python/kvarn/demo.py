@@ -9,10 +9,11 @@ SPDX-License-Identifier: MIT
 
 import argparse
 import functools
+import json
 import os
 import sys
 import time
-from typing import TYPE_CHECKING, Callable, NamedTuple
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
 from . import kvtype
 from .kv_info import KVSize
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=256, help="with --model: how many tokens to decode (default 256)")
     parser.add_argument("--caches", default=",".join(CACHES), help="kv types, the first is the reference (default %(default)s)")
     parser.add_argument("--threads", type=int, default=n_cores(), help="default %(default)s")
+    parser.add_argument("--json", action="store_true", help="print JSON, with what every cache wrote")
 
 
 def n_cores() -> int:
@@ -151,26 +153,38 @@ def table(runs: "list[Run]", tasks: "list[Task]") -> str:
                                for column, (cell, width) in enumerate(zip(row, widths))) for row in rows)
 
 
+def as_json(runs: "list[Run]", tasks: "list[Task]") -> "list[dict[str, Any]]":
+    rows = []
+    for run in runs:
+        scores = [task.judge(text.decode(errors="replace")) for task, text in zip(tasks, run.texts) if task.judge]
+        rows.append({"cache": kvtype.label(*kvtype.parse(run.cache)), "kv_mib": run.size.mib, "f16_mib": run.size.f16_mib,
+                     "bits_per_value": run.size.bits_per_value, "tokens": run.n_tokens, "seconds": run.seconds,
+                     "steps_right": sum(score.steps_right for score in scores),
+                     "steps": sum(score.steps_total for score in scores),
+                     "exact": sum(score.exact for score in scores), "problems": len(scores),
+                     "texts": [text.decode(errors="replace") for text in run.texts]})
+    return rows
+
+
 def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     caches = [cache.strip() for cache in args.caches.split(",") if cache.strip()]
-    try:
-        for cache in caches:
-            kvtype.parse(cache)
-        if args.model:
-            model, tasks = args.model, [Task(args.prompt, args.tokens, args.tokens, None)]
-            print(f"{os.path.basename(model)}: {args.tokens} tokens with each of {', '.join(caches)}", flush=True)
-        else:
-            model, tasks = embedded_tasks(args.quick)
-            print(f"embedded model: {len(tasks)} problems, {sum(task.n_expected for task in tasks)} tokens of answers "
-                  f"with each of {', '.join(caches)}", flush=True)
-        runs = [decode(model, cache, tasks, args.threads) for cache in caches]
-    except KeyboardInterrupt:
-        print("\nkvarn: stopped", file=sys.stderr)
-        return 130
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"kvarn: {error}", file=sys.stderr)
-        return 1
+    for cache in caches:
+        kvtype.parse(cache)
+    if args.threads < 1 or args.tokens < 1:
+        raise ValueError("--threads and --tokens must be 1 or more")
+    if args.model:
+        model, tasks = args.model, [Task(args.prompt, args.tokens, args.tokens, None)]
+        about = f"{os.path.basename(model)}: {args.tokens} tokens with each of {', '.join(caches)}"
+    else:
+        model, tasks = embedded_tasks(args.quick)
+        about = (f"embedded model: {len(tasks)} problems, {sum(task.n_expected for task in tasks)} tokens of answers "
+                 f"with each of {', '.join(caches)}")
+    print(about, file=sys.stderr if args.json else sys.stdout, flush=True)
+    runs = [decode(model, cache, tasks, args.threads) for cache in caches]
+    if args.json:
+        print(json.dumps(as_json(runs, tasks), indent=1))
+        return 0
     print()
     print(table(runs, tasks))
     print(f"\n{args.threads} threads, {time.monotonic() - started:.0f} s. KV MiB: what was allocated for {N_CTX} tokens, "

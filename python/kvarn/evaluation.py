@@ -17,6 +17,7 @@ SPDX-License-Identifier: MIT
 """
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -106,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="which problems, where chunks begin (default %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="default: llama.cpp's choice")
     parser.add_argument("--gpu-layers", type=int, default=-1, help="layers on the GPU (default all)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--out", metavar="FOLDER", default="kvarn-eval", help="for tables and plots (default %(default)s)")
 
 
@@ -257,32 +259,26 @@ def rows_of(args: argparse.Namespace, model_name: str, subjects: "list[Subject]"
 
 def run(args: argparse.Namespace) -> int:
     began = time.monotonic()
-    try:
-        for cache in args.caches.split(","):
-            kvtype.parse(cache)
-        if args.ctx < 2*BLOCK or args.decode >= args.ctx:
-            raise ValueError(f"--ctx {args.ctx} is too short: at least {2*BLOCK}, and more than --decode {args.decode}")
-        if args.text and not Path(args.text).is_file():
-            raise FileNotFoundError(f"no text at {args.text}")
-        from . import embedded, report
-        from .context import Model
+    for cache in args.caches.split(","):
+        kvtype.parse(cache)
+    if args.ctx < 2*BLOCK or args.decode >= args.ctx:
+        raise ValueError(f"--ctx {args.ctx} is too short: at least {2*BLOCK}, and more than --decode {args.decode}")
+    if args.text and not Path(args.text).is_file():
+        raise FileNotFoundError(f"no text at {args.text}")
+    from . import embedded, report
+    from .context import Model
 
-        path = args.model or str(embedded.path())
-        model = Model(path, args.gpu_layers)
-        is_embedded = model.meta("general.name") == "kvarn-tasks" and not args.text
-        plan = (embedded_plan if is_embedded else text_plan)(args, model)
-        name = os.path.basename(path)
-        print(f"{name}: {len(plan.chunks)} chunks of {args.ctx} tokens with f16 and {args.caches}", file=sys.stderr, flush=True)
-        subjects = measure(args, model, plan)
-        rows = rows_of(args, name, subjects)
-        model.close()
-        written = report.write(Path(args.out), rows, {f"{s.label} {s.setting}": s.drift for s in subjects}, BLOCK)
-    except KeyboardInterrupt:
-        print("\nkvarn: stopped", file=sys.stderr)
-        return 130
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"kvarn: {error}", file=sys.stderr)
-        return 1
-    print(report.markdown(rows))
-    print(f"\n{time.monotonic() - began:.0f} s. Written: {', '.join(map(str, written))}")
+    path = args.model or str(embedded.path())
+    model = Model(path, args.gpu_layers)
+    is_embedded = model.meta("general.name") == "kvarn-tasks" and not args.text
+    plan = (embedded_plan if is_embedded else text_plan)(args, model)
+    name = os.path.basename(path)
+    print(f"{name}: {len(plan.chunks)} chunks of {args.ctx} tokens with f16 and {args.caches}", file=sys.stderr, flush=True)
+    subjects = measure(args, model, plan)
+    rows = rows_of(args, name, subjects)
+    model.close()
+    written = report.write(Path(args.out), rows, {f"{s.label} {s.setting}": s.drift for s in subjects}, BLOCK)
+    print(json.dumps(rows, indent=1) if args.json else report.markdown(rows))
+    print(f"\n{time.monotonic() - began:.0f} s. Written: {', '.join(map(str, written))}",
+          file=sys.stderr if args.json else sys.stdout)
     return 0
