@@ -59,7 +59,6 @@ struct kvarn_metal_attn_args {
     int32_t  chunk;                         // tiles of a partial result
     int32_t  n_chunks, n_parts;             // partial results that are used, and that there are
     int32_t  mask_streams;
-    int32_t  nsg;                           // simdgroups of a threadgroup
     int32_t  n_groups;                      // groups of query vectors per KV head
     int32_t  n_pow2;                        // ALiBi: largest power of two <= n_head
     float    scale, max_bias, softcap;

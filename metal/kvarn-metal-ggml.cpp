@@ -1,4 +1,4 @@
-// kvarn-metal-ggml.cpp - GGML_OP_KVARN in ggml's Metal backend: a node becomes a plan (kvarn-metal-plan.h), which is replayed here.
+// kvarn-metal-ggml.cpp - GGML_OP_KVARN in ggml's Metal backend: a node becomes a plan (kvarn-metal-plan.h), replayed here.
 // Included at the end of ggml-metal-ops.cpp, where struct ggml_metal_op and its helpers are.
 //
 // SPDX-License-Identifier: MIT
@@ -7,6 +7,7 @@
 #include "kvarn-metal-ggml.h"
 #include "kvarn-metal-plan.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <string>
 
@@ -127,7 +128,11 @@ int ggml_metal_op_kvarn(ggml_metal_op_t ctx, int idx) {
 
     kvarn_metal_dispatch d = kvarn_metal_plan(op);
     const ggml_metal_pipeline_with_params pipeline = kvarn_metal_pipeline(ctx->lib, d);
-    GGML_ASSERT(pipeline.pipeline && (int) d.threads <= ggml_metal_pipeline_max_theads_per_threadgroup(pipeline));
+    if (!pipeline.pipeline) {
+        GGML_ABORT("%s does not compile, see above; please report it, and use another cache type", d.name);
+    }
+    // a pipeline allows fewer threads the more registers it needs
+    d.threads = std::min(d.threads, (uint32_t) ggml_metal_pipeline_max_theads_per_threadgroup(pipeline)/32*32);
 
     ggml_metal_encoder_set_pipeline(enc, pipeline);
     ggml_metal_encoder_set_bytes   (enc, d.args, d.args_size, KVARN_BUF_ARGS);

@@ -34,7 +34,7 @@ struct kvarn_metal_dispatch {
     uint32_t args_size;
     uint32_t n_src;
     uint32_t groups[3];
-    uint32_t threads;
+    uint32_t threads;                  // any smaller multiple of 32 does, too
     uint32_t memory;                   // bytes for [[threadgroup(0)]], a multiple of 16
 };
 
@@ -149,10 +149,12 @@ static inline kvarn_metal_dispatch kvarn_metal_plan_attn(const kvarn_metal_attn_
     a.chunk    = kvarn_metal_chunk(a.n_used, (int) (a.n_groups*a.H*op.part.ne[3]), a.n_parts);
     a.n_chunks = (a.n_used + a.chunk - 1)/a.chunk;
 
+    // memory of a simdgroup, in float4 per query vector: channels of a key, or 128 tokens, or in the end the output
     const int units = op.D[KVARN_KEY]/4 > 32*passes ? op.D[KVARN_KEY]/4 : 32*passes;
     a.region   = units*queries;
-    a.nsg      = KVARN_METAL_MEMORY/(16*a.region) < 4 ? KVARN_METAL_MEMORY/(16*a.region) : 4;
-    a.nsg      = a.nsg < a.chunk ? a.nsg : a.chunk;
+
+    int nsg = KVARN_METAL_MEMORY/(16*a.region) < 4 ? KVARN_METAL_MEMORY/(16*a.region) : 4;
+    nsg = nsg < a.chunk ? nsg : a.chunk;
     a.n_pow2   = 1;
     while (2*a.n_pow2 <= a.n_head) {
         a.n_pow2 *= 2;
@@ -175,8 +177,8 @@ static inline kvarn_metal_dispatch kvarn_metal_plan_attn(const kvarn_metal_attn_
     d.groups[0] = (uint32_t) a.n_chunks;
     d.groups[1] = (uint32_t) op.H;
     d.groups[2] = (uint32_t) (op.part.ne[3]*a.n_groups);
-    d.threads   = (uint32_t) (32*a.nsg);
-    d.memory    = (uint32_t) (16*a.region*a.nsg);
+    d.threads   = (uint32_t) (32*nsg);
+    d.memory    = (uint32_t) (16*a.region*nsg);
     return d;
 }
 

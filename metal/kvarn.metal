@@ -176,7 +176,8 @@ kernel void kernel_kvarn_attn(
         threadgroup  float4            * smem    [[threadgroup(0)]],
         uint3  tgpig [[threadgroup_position_in_grid]],
         ushort lane  [[thread_index_in_simdgroup]],
-        ushort sg    [[simdgroup_index_in_threadgroup]]) {
+        ushort sg    [[simdgroup_index_in_threadgroup]],
+        ushort nsg   [[simdgroups_per_threadgroup]]) {
     const int DK    = fc_D_k;
     const int DV    = fc_D_v;
     const int chunk = tgpig.x;
@@ -209,7 +210,7 @@ kernel void kernel_kvarn_attn(
     }
 
     const int i_end = min((chunk + 1)*args.chunk, args.n_used);
-    for (int i = chunk*args.chunk + sg; i < i_end; i += args.nsg) {
+    for (int i = chunk*args.chunk + sg; i < i_end; i += nsg) {
         const int where = int(map[i]);
 
         uint any = 0; // tokens that some of the query vectors see
@@ -379,7 +380,7 @@ kernel void kernel_kvarn_attn(
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (short j = 0; sg == 0 && j < min(int(NQ), n_q - j0); ++j) {
         float max_j = top[j];
-        for (int g = 1; g < args.nsg; ++g) {
+        for (int g = 1; g < nsg; ++g) {
             max_j = max(max_j, stat[(g*NQ + j)*2]);
         }
         const float w = exp(top[j] - max_j);
@@ -387,7 +388,7 @@ kernel void kernel_kvarn_attn(
         for (short v = 0; v < NV; ++v) {
             out[v][j] *= w;
         }
-        for (int g = 1; g < args.nsg; ++g) {
+        for (int g = 1; g < nsg; ++g) {
             const float wg = exp(stat[(g*NQ + j)*2] - max_j);
             sum_j += stat[(g*NQ + j)*2 + 1]*wg;
             for (short v = 0; v < NV; ++v) {

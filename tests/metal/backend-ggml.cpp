@@ -1,6 +1,6 @@
 // backend-ggml.cpp - a ggml backend "MSL" that does GGML_OP_KVARN with the Metal glue and kernels, run by the executor.
-// The glue (metal/kvarn-metal-ggml.cpp) is included as in ggml-metal-ops.cpp; what it calls of ggml's Metal backend is implemented
-// here, on the same headers. A library for GGML_BACKEND_PATH, so that upstream's test-backend-ops compares it with the CPU.
+// The glue (metal/kvarn-metal-ggml.cpp) is included as in ggml-metal-ops.cpp; what it calls of ggml's Metal backend stands here,
+// on the same headers. A library for GGML_BACKEND_PATH, so that upstream's test-backend-ops compares it with the CPU.
 //
 // SPDX-License-Identifier: MIT
 
@@ -71,7 +71,7 @@ ggml_metal_pipeline_with_params ggml_metal_library_compile_pipeline(
 
 int ggml_metal_pipeline_max_theads_per_threadgroup(ggml_metal_pipeline_with_params pipeline) {
     GGML_UNUSED(pipeline);
-    return 1024;
+    return getenv("MSL_THREADS") ? atoi(getenv("MSL_THREADS")) : 1024;
 }
 
 void ggml_metal_encoder_set_pipeline(ggml_metal_encoder_t enc, ggml_metal_pipeline_with_params pipeline) {

@@ -409,8 +409,8 @@ static int pick(int last) {
     return g*LANES + lane_of(simdgroups[g].lanes[READY], which);
 }
 
-// A stack, and the fiber that TSan takes for its owner: threads of different groups that use one after the other are the same thread
-// to TSan. In a ring, so that these are not the ones with the same index in neighbouring groups.
+// A stack, and the fiber that TSan takes for its owner: threads of different groups that use one after the other are the same
+// thread to TSan. In a ring, so that these are not the ones with the same index in neighbouring groups.
 struct owned_stack {
     char * stack;
     void * tsan;

@@ -20,6 +20,7 @@ BUILTIN = {
     "thread_index_in_threadgroup": "msl_current.thread_index",
     "thread_index_in_simdgroup": "msl_current.lane",
     "simdgroup_index_in_threadgroup": "msl_current.simdgroup",
+    "simdgroups_per_threadgroup": "msl_current.threads.x/32",
 }
 CONSTANT = re.compile(r"constant\s+(\w+)\s+(\w+)\s*\[\[function_constant\((\w+)\)\]\]\s*;")
 KERNEL = re.compile(r"\bkernel\s+void\s+(\w+)\s*\(")

@@ -99,7 +99,11 @@ static void run_attn(run & r, const msl_schedule & schedule) {
     if (const char * refused = kvarn_metal_refuses_attn(op)) {
         fail(r.name + ": " + refused);
     }
-    launch(kvarn_metal_plan_attn(op), r, { "q", "plan", "k_tiles", "k_rows", "v_tiles", "v_rows", "mask", "part" }, schedule);
+    const kvarn_metal_dispatch d = kvarn_metal_plan_attn(op);
+    if (d.memory > KVARN_METAL_MEMORY) {
+        fail(r.name + ": " + std::to_string(d.memory) + " bytes of threadgroup memory");
+    }
+    launch(d, r, { "q", "plan", "k_tiles", "k_rows", "v_tiles", "v_rows", "mask", "part" }, schedule);
 
     kvarn_metal_reduce_op reduce = {};
     reduce.has_sinks = r.b.count("sinks");
