@@ -3,6 +3,7 @@
 SPDX-License-Identifier: MIT
 """
 
+import ast
 import importlib.util
 import os
 import re
@@ -129,3 +130,17 @@ def test_types_are_strict():
         pytest.skip("mypy is not installed: `make test` does it")
     done = subprocess.run([sys.executable, "-m", "mypy", "--cache-dir", os.devnull], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_public_names_have_docstrings():
+    """What `import kvarn` offers, and what stands behind it."""
+    missing = []
+    for name in ("cache_size", "codec", "context", "gguf_header", "kv_info", "kvtype", "library", "llama", "log", "model_shape",
+                 "reference", "server"):
+        tree = ast.parse((ROOT/f"python/kvarn/{name}.py").read_text())
+        assert ast.get_docstring(tree), name
+        nodes = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"]
+        for node in [node for node in nodes if isinstance(node, ast.ClassDef)]:
+            nodes += [inner for inner in node.body if isinstance(inner, ast.FunctionDef) and inner.name[0] != "_"]
+        missing += [f"{name}.{node.name}" for node in nodes if not ast.get_docstring(node)]
+    assert not missing

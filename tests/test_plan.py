@@ -73,6 +73,17 @@ def test_sizes_of_other_architectures(generated, arch):
 
 
 @pytest.mark.llama
+@pytest.mark.parametrize("n_seq", [1, 40])
+def test_sinks_and_many_sequences(tiny, monkeypatch, n_seq):
+    monkeypatch.setenv("KVARN_SINK", "200")
+    found = allocated(tiny(), "kvarn4", "kvarn2", 8192, 512, n_seq, True)
+    size = cache_size.of(model_shape.load(tiny()), "kvarn4", "kvarn2", 8192, 512, n_seq, sink=200)
+    assert found["tail"] == pytest.approx(size.tail_bytes/MIB, abs=0.0051)
+    assert found["keys"] == pytest.approx(size.key_bytes/MIB, abs=0.0051)
+    assert arguments(tiny(), "--vram", "1G").sink == 200
+
+
+@pytest.mark.llama
 @pytest.mark.parametrize("arch, head_dim", [("llama", 72), ("llama", 80), ("llama", 64)])
 def test_types_are_refused_where_the_library_refuses_them(tiny, arch, head_dim):
     import llama_session

@@ -49,10 +49,12 @@ class CacheSize:
 
     @property
     def total(self) -> int:
+        """All that grows with contexts and sequences."""
         return self.kv_bytes + self.state_bytes
 
 
 def padded(n: int, to: int) -> int:
+    """n, rounded up to a multiple."""
     return (n + to - 1)//to*to
 
 

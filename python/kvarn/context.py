@@ -62,6 +62,8 @@ class AttentionTap:
 
 
 class Model:
+    """A model without a context; FileNotFoundError or RuntimeError with llama.cpp's reason if it cannot be loaded."""
+
     def __init__(self, path: str, gpu_layers: int = -1):
         if not Path(path).is_file():
             raise FileNotFoundError(f"no model at {path}")
@@ -76,6 +78,7 @@ class Model:
         self.n_ctx_train = api.llama_model_n_ctx_train(self.handle)
 
     def meta(self, key: str) -> str:
+        """A value of the file's header as text; "" if there is none."""
         buffer = ctypes.create_string_buffer(256)
         size = api.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
         return buffer.value.decode(errors="replace") if size >= 0 else ""
@@ -90,9 +93,11 @@ class Model:
         raise RuntimeError(f"cannot tokenize {len(text)} bytes of text")
 
     def is_end(self, token: int) -> bool:
+        """True if a model ends its text with this token."""
         return bool(api.llama_vocab_is_eog(self.vocabulary, token))
 
     def text(self, tokens: "list[int]") -> bytes:
+        """What tokens stand for, without special ones."""
         out = b""
         for token in tokens:
             piece = ctypes.create_string_buffer(256)
@@ -101,6 +106,7 @@ class Model:
         return out
 
     def close(self) -> None:
+        """Frees the weights; its contexts must be closed before."""
         api.llama_model_free(self.handle)
 
 
@@ -159,10 +165,12 @@ class Context:
         return np.ctypeslib.as_array(api.llama_get_logits(self.handle), shape=(rows*self.model.n_vocab,)).reshape(rows, -1)
 
     def clear(self) -> None:
+        """Forgets all tokens."""
         api.llama_memory_clear(api.llama_get_memory(self.handle), True)
         self.n_tokens = 0
 
     def close(self) -> None:
+        """Frees the cache."""
         api.llama_batch_free(self.batch)
         with CapturedLog(False):
             api.llama_free(self.handle)

@@ -19,12 +19,15 @@ LONGEST = 1 << 28       # bytes of a string and elements of an array; more is a 
 
 @dataclass(frozen=True)
 class Header:
+    """Values and tensors of a file, or of all parts of a split model."""
+
     path: Path
     values: "dict[str, Any]"      # an array of strings is only its length
     tensors: "dict[str, int]"     # name -> bytes
 
     @property
     def architecture(self) -> str:
+        """"llama", "qwen3", ..; "" if the file does not say."""
         return str(self.values.get("general.architecture", ""))
 
     def get(self, name: str, default: Any = None) -> Any:

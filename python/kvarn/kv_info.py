@@ -81,6 +81,7 @@ class KVInfo(NamedTuple):
 
 
 def info_of(size: KVSize, n_ctx: int, n_tokens: int) -> KVInfo:
+    """What kv_info() of a context with this size returns."""
     return KVInfo(kvtype.label(size.keys, size.values), n_ctx, n_tokens, size.bits_per_value, size.stored_bits,
                   round(size.mib*MIB), round(size.f16_mib*MIB), round(size.tail_mib*MIB))
 

@@ -27,12 +27,15 @@ def parse(kv_type: str) -> "tuple[str, str]":
 
 
 def is_kvarn(*names: "str | None") -> bool:
+    """True if any of these types is stored in tiles."""
     return any(name is not None and name.startswith("kvarn") for name in names)
 
 
 def is_quantized(name: "str | None") -> bool:
+    """True if a type needs flash attention for values."""
     return name is not None and name not in UNQUANTIZED
 
 
 def label(keys: str, values: str) -> str:
+    """How a pair is written: "kvarn4/kvarn2", or one name where both are the same."""
     return keys if keys == values else f"{keys}/{values}"

@@ -35,6 +35,8 @@ _loaded = None
 
 @dataclass(frozen=True)
 class Library:
+    """Libraries that are proved to be the patched ones."""
+
     path: Path                   # the folder
     types: "dict[str, int]"      # every type name of the library -> id
     format_version: int
@@ -71,6 +73,7 @@ def bin_path() -> Path:
 
 
 def library_file(folder: Path, base: str) -> Path:
+    """The file of a library, "ggml-base" or the like; ImportError if the folder has none."""
     names = [f"lib{base}.dylib", f"lib{base}.so"] if sys.platform == "darwin" else [f"lib{base}.so"]
     for name in names:
         if (folder / name).is_file():
@@ -117,6 +120,7 @@ def check_version() -> None:
 
 
 def check_structs(llama_cpp: ModuleType) -> None:
+    """ImportError if llama-cpp-python declares other structs than the libraries have: they would read garbage."""
     for name, size in STRUCT_SIZES.items():
         found = ctypes.sizeof(getattr(llama_cpp, name))
         if found != size:
@@ -131,6 +135,7 @@ def check_structs(llama_cpp: ModuleType) -> None:
 
 
 def warn_of_lost_gpu(folder: Path) -> None:
+    """Our libraries replace llama-cpp-python's in this process; says so where that takes the GPU away."""
     spec = importlib.util.find_spec("llama_cpp")
     theirs = Path(spec.origin).parent / "lib" if spec and spec.origin else Path()
     if any(theirs.glob("libggml-cuda*")) and not any(folder.glob("libggml-cuda*")):

@@ -36,6 +36,7 @@ class CapturedLog:
         self.partial = ""
 
     def take(self, level: int, text: str) -> None:
+        """A piece of the log, of any length; lines are put together here."""
         if self.verbose:
             print(text, end="", flush=True, file=sys.stderr)
         if level != CONT:

@@ -51,6 +51,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Shape:
+    """What of a model decides how much memory it takes."""
+
     path: Path
     architecture: str
     name: str
@@ -70,6 +72,7 @@ class Shape:
 
     @property
     def gpu_weight_bytes(self) -> int:
+        """What all layers and the output take on a GPU."""
         return self.weight_bytes - self.input_bytes
 
 

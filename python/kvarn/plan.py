@@ -7,6 +7,7 @@ SPDX-License-Identifier: MIT
 
 import argparse
 import json
+import os
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caches", default=CACHES, help="kv types (default: all)")
     parser.add_argument("--ubatch", type=int, default=512, help="n_ubatch: tokens of a prompt computed at once (default 512)")
     parser.add_argument("--sequences", type=int, default=1, metavar="N", help="sequences that share the cache (default 1)")
+    parser.add_argument("--sink", type=int, default=int(os.environ.get("KVARN_SINK") or 0), metavar="N",
+                        help="exact tokens at the start of every sequence (default: KVARN_SINK, or 0)")
     parser.add_argument("--reserve", default="512M", metavar="SIZE", help="left to driver and desktop (default 512M)")
     parser.add_argument("--plot", metavar="FILE.png", help="also draw it (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print JSON, all sizes in bytes")
@@ -90,7 +93,7 @@ def row_at(shape: Shape, cache: str, n_ctx: int, args: argparse.Namespace) -> Ro
     refused = cache_size.why_not(shape, keys, values)
     if refused:
         return Row(name, 0, False, weights, 0, 0, 0, 0, 0, reserve, refused)
-    size = cache_size.of(shape, keys, values, n_ctx, args.ubatch, args.sequences)
+    size = cache_size.of(shape, keys, values, n_ctx, args.ubatch, args.sequences, sink=args.sink)
     compute = compute_bytes(shape, size.n_ctx, args.ubatch, on_gpu and any(map(kvtype.is_quantized, (keys, values))))
     row = Row(name, size.n_ctx, False, weights, size.key_bytes + size.value_bytes - size.spare_bytes, size.tail_bytes,
               size.spare_bytes, size.state_bytes, compute, reserve, "")
@@ -208,6 +211,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("give --vram or --ram, not both")
     if not args.vram and not args.ram and not args.ctx:
         raise ValueError("give --vram SIZE or --ram SIZE, what must fit, or --ctx N")
+    if args.sink < 0:
+        raise ValueError(f"--sink {args.sink}: give 0 or more tokens")
     if args.ctx is not None and args.ctx < 1 or args.ubatch < 1 or args.sequences < 1:
         raise ValueError("--ctx, --ubatch and --sequences must be 1 or more")
     if args.plot and Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf"):

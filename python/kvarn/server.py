@@ -57,6 +57,7 @@ def rewrite(argv: "list[str]") -> "list[str]":
 
 
 def main() -> int:
+    """Runs llama_cpp.server with the arguments of this process."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(f"kvarn: the server needs {', '.join(missing)}; next: pip install 'kvarn[server]'", file=sys.stderr)
