@@ -196,3 +196,71 @@ def test_refused_types_say_why(tiny, capsys):
                                           ("2t", 2 << 40)])
 def test_sizes_are_understood(text, wanted):
     assert plan.size_in_bytes(text, "vram") == wanted
+
+
+# ------------------------------------------------------------------------- models that are too large to make here
+
+
+def header(arch: str, tensors: "dict[str, int] | None" = None, **values) -> gguf_header.Header:
+    named = {f"{arch}.{name}": value for name, value in values.items()}
+    return gguf_header.Header(Path("model.gguf"), {"general.architecture": arch, **named}, tensors or {"output.weight": 1})
+
+
+def eight_b() -> model_shape.Shape:
+    return model_shape.shape_of(header("llama", block_count=32, embedding_length=4096, context_length=131072, **{
+        "attention.head_count": 32, "attention.head_count_kv": 8}))
+
+
+def test_readme_says_what_the_cache_of_an_8b_model_takes():
+    text = (Path(__file__).parent.parent/"README.md").read_text()
+    rows = re.findall(r"^\| (\S+) \| ([\d.]+) \| (\d+) MiB \| (\d+) MiB \|$", text, re.M)
+    assert [row[0] for row in rows] == ["f16", "q8_0", "q4_0", "kvarn4", "kvarn4/kvarn2", "kvarn2"]
+    for cache, bits, short, long in rows:
+        keys, values = plan.kvtype.parse(cache)
+        for n_ctx, said in ((32768, short), (131072, long)):
+            size = cache_size.of(eight_b(), keys, values, n_ctx)
+            stored = size.key_bytes + size.value_bytes - size.spare_bytes
+            assert stored == int(said)*MIB and 8*stored/(2*32*8*128*n_ctx) == float(bits)
+    assert "7 x 128 tokens with `n_ubatch` 512: 112 MiB" in text
+    assert cache_size.of(eight_b(), "kvarn4", "kvarn2", 32768).tail_bytes == 112*MIB
+
+
+def test_gemma4_shares_keys_and_values_of_its_last_layers_and_has_two_head_sizes():
+    pattern = [layer % 6 != 5 for layer in range(30)]
+    shape = model_shape.shape_of(header("gemma4", block_count=30, embedding_length=2048, **{
+        "attention.head_count": 8, "attention.head_count_kv": [8 if window else 4 for window in pattern],
+        "attention.key_length": 512, "attention.value_length": 512, "attention.key_length_swa": 256,
+        "attention.value_length_swa": 256, "attention.sliding_window": 1024, "attention.sliding_window_pattern": pattern,
+        "attention.shared_kv_layers": 10}))
+    assert len(shape.layers) == 20 and shape.window == 1024
+    assert [(layer.heads, layer.k, layer.is_window) for layer in shape.layers[4:7]] \
+        == [(8, 256, True), (4, 512, False), (8, 256, True)]
+
+
+@pytest.mark.parametrize("arch, n_layer, settings, n_window, n_cached", [
+    ("gemma3n", 30, {}, 16, 20), ("gemma3", 62, {}, 52, 62), ("gemma2", 42, {}, 21, 42), ("cohere2", 40, {}, 30, 40),
+    ("exaone4", 64, {}, 48, 64), ("exaone4", 30, {}, 0, 30), ("gpt-oss", 36, {}, 18, 36), ("phi3", 32, {}, 0, 32),
+    ("qwen3", 36, {}, 0, 36), ("smallthinker", 32, {}, 24, 32), ("llama4", 48, {}, 36, 48),
+    ("gemma3", 12, {"attention.sliding_window_pattern": 3}, 8, 12),
+])
+def test_which_layers_have_a_window(arch, n_layer, settings, n_window, n_cached):
+    """"attention.sliding_window" stands in many files whose models llama.cpp runs without one."""
+    shape = model_shape.shape_of(header(arch, block_count=n_layer, embedding_length=1024, **{
+        "attention.head_count": 8, "attention.head_count_kv": 4, "attention.sliding_window": 512, **settings}))
+    assert (sum(layer.is_window for layer in shape.layers), len(shape.layers)) == (n_window, n_cached)
+
+
+@pytest.mark.parametrize("arch, said", [("bert", "keep no key-value cache"), ("deepseek32", "laid out in its own way"),
+                                        ("t5", "laid out in its own way")])
+def test_models_that_cannot_be_planned(arch, said):
+    with pytest.raises(ValueError, match=said):
+        model_shape.shape_of(header(arch, block_count=2))
+    with pytest.raises(ValueError, match="no language model: its header has no clip.block_count"):
+        model_shape.shape_of(header("clip"))
+
+
+def test_a_tied_embedding_is_on_the_gpu_once_more():
+    tied = {"token_embd.weight": 100, "blk.0.attn_q.weight": 10}
+    values = {"block_count": 1, "embedding_length": 64, "attention.head_count": 1}
+    assert model_shape.shape_of(header("llama", tied, **values)).gpu_weight_bytes == 110
+    assert model_shape.shape_of(header("llama", {**tied, "output.weight": 90}, **values)).gpu_weight_bytes == 100
