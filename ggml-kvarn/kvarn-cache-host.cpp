@@ -8,6 +8,7 @@
 #include "llama-impl.h"
 
 #include <algorithm>
+#include <new>
 
 // The rows of one layer and side in host memory. Each row is f16 for a kvarn side, of the cache's own type otherwise.
 class llama_kvarn::host_rows {
@@ -17,6 +18,7 @@ public:
             layer    = &kvarn.layers[side][ikv];
             row_size = layer->tail->nb[1];
             scratch.resize(KVARN_G*layer->shape.D + kvarn_seal_scratch(layer->shape.D));
+            sealed .resize(layer->tiles->nb[1]);
         } else {
             tensor   = side == KVARN_KEY ? kvarn.kv.layers[ikv].k : kvarn.kv.layers[ikv].v;
             row_size = tensor ? tensor->nb[1] : 0;
@@ -34,7 +36,6 @@ public:
         } else if (kvarn.tiles[tile].slot >= 0) {
             ggml_backend_tensor_get(layer->tail, all.data(), kvarn.tiles[tile].slot*KVARN_G*row_size, all.size());
         } else {
-            std::vector<uint8_t> sealed(layer->tiles->nb[1]);
             ggml_backend_tensor_get(layer->tiles, sealed.data(), tile*sealed.size(), sealed.size());
             for (int32_t h = 0; h < layer->shape.H; ++h) {
                 kvarn_unseal_rows(&layer->shape, sealed.data() + h*sealed.size()/layer->shape.H,
@@ -47,6 +48,7 @@ public:
         }
     }
 
+    // takes no memory: compact() has changed the cells by now
     // rows [i0, i0 + n) to a tile's first cells: into its slot if it has one, and sealed if there are G of them
     void write(uint32_t tile, size_t i0, size_t n) {
         if (row_size == 0) {
@@ -61,7 +63,6 @@ public:
             ggml_backend_tensor_set(layer->tail, src, kvarn.tiles[tile].slot*KVARN_G*row_size, n*row_size);
         }
         if (n == KVARN_G) {
-            std::vector<uint8_t> sealed(layer->tiles->nb[1]);
             for (int32_t h = 0; h < layer->shape.H; ++h) {
                 kvarn_seal_rows(&layer->shape, (const ggml_fp16_t *) src + h*layer->shape.D,
                         sealed.data() + h*sealed.size()/layer->shape.H, scratch.data(), ggml_fp16_to_fp32_row);
@@ -79,6 +80,7 @@ private:
 
     size_t               row_size = 0;
     std::vector<uint8_t> rows;
+    std::vector<uint8_t> sealed; // one tile
     std::vector<float>   scratch;
 };
 
@@ -91,12 +93,17 @@ static std::vector<uint32_t> kvarn_all_cells() {
 }
 
 void llama_kvarn::seal_on_host(uint32_t tile) {
-    for (int side : { KVARN_KEY, KVARN_VALUE }) {
-        for (size_t ikv = 0; ikv < layers[side].size(); ++ikv) {
-            host_rows rows(*this, side, ikv);
-            rows.read (tile, kvarn_all_cells());
-            rows.write(tile, 0, KVARN_G);
+    try {
+        for (int side : { KVARN_KEY, KVARN_VALUE }) {
+            for (size_t ikv = 0; ikv < layers[side].size(); ++ikv) {
+                host_rows rows(*this, side, ikv);
+                rows.read (tile, kvarn_all_cells());
+                rows.write(tile, 0, KVARN_G);
+            }
         }
+    } catch (const std::bad_alloc &) {
+        LLAMA_LOG_WARN("kvarn: no memory to seal a restored tile: it stays in f16 until the next batch\n");
+        return;
     }
     mark_sealed(tile);
 }
@@ -165,10 +172,14 @@ bool llama_kvarn::update(llama_context * lctx) {
     }
     if (is_full && !kv.get_has_shift()) {
         is_full = false;
-        for (uint32_t strm = 0; strm < kv.n_stream; ++strm) {
-            for (int32_t owner = 0; owner < (int32_t) n_owners; ++owner) {
-                compact(strm, owner, false);
+        try {
+            for (uint32_t strm = 0; strm < kv.n_stream; ++strm) {
+                for (int32_t owner = 0; owner < (int32_t) n_owners; ++owner) {
+                    compact(strm, owner, false);
+                }
             }
+        } catch (const std::bad_alloc &) {
+            LLAMA_LOG_ERROR("kvarn: no memory to make room in tiles with holes; remove a sequence, or try again\n");
         }
     }
     return false;
