@@ -43,6 +43,8 @@ TABLE = [
     ("serve {model} --ctx -5", 1, "--ctx must be 0 or more"),
     ("plan {model}", 1, "give --vram SIZE or --ram SIZE, what must fit, or --ctx N"),
     ("plan {model} --vram 24G --ram 24G", 1, "give --vram or --ram, not both"),
+    ("plan {model} --ram 24G --cpu-moe", 1, "--gpu-layers and --cpu-moe go with --vram"),
+    ("plan {model} --vram 24G --sink -1", 1, "--sink -1: give 0 or more tokens"),
     ("plan {model} --vram lots", 1, "--vram lots: give a size like 24G or 8192M"),
     ("plan {model} --vram 1G --reserve much", 1, "--reserve much: give a size like 24G or 8192M"),
     ("plan {model} --vram 1G --ctx 0 --sequences 0", 1, "--ctx, --ubatch and --sequences must be 1 or more"),

@@ -166,7 +166,7 @@ def test_split_model(tiny, tmp_path):
         model_shape.load(tmp_path/"m-00001-of-00002.gguf")
     part(2, ["blk.0.attn_q.weight"])
     shape = model_shape.load(tmp_path/"m-00001-of-00002.gguf")
-    assert (shape.weight_bytes, shape.gpu_weight_bytes) == (3*64*64*4, 2*64*64*4)
+    assert (shape.weight_bytes, shape.gpu_weight_bytes()) == (3*64*64*4, 2*64*64*4)
 
 
 def test_table_json_and_plot(tiny, tmp_path, capsys):
@@ -262,5 +262,22 @@ def test_models_that_cannot_be_planned(arch, said):
 def test_a_tied_embedding_is_on_the_gpu_once_more():
     tied = {"token_embd.weight": 100, "blk.0.attn_q.weight": 10}
     values = {"block_count": 1, "embedding_length": 64, "attention.head_count": 1}
-    assert model_shape.shape_of(header("llama", tied, **values)).gpu_weight_bytes == 110
-    assert model_shape.shape_of(header("llama", {**tied, "output.weight": 90}, **values)).gpu_weight_bytes == 100
+    assert model_shape.shape_of(header("llama", tied, **values)).gpu_weight_bytes() == 110
+    assert model_shape.shape_of(header("llama", {**tied, "output.weight": 90}, **values)).gpu_weight_bytes() == 100
+
+
+def test_layers_and_experts_that_stay_in_main_memory(capsys):
+    tensors = {"token_embd.weight": 1000, "output.weight": 900, "output_norm.weight": 1}
+    for layer in range(4):
+        tensors.update({f"blk.{layer}.attn_k.weight": 10, f"blk.{layer}.ffn_up_exps.weight": 100})
+    shape = model_shape.shape_of(header("qwen3moe", tensors, block_count=4, embedding_length=64, **{"attention.head_count": 1}))
+    assert shape.gpu_weight_bytes() == shape.gpu_weight_bytes(5) == shape.gpu_weight_bytes(99) == 901 + 4*110
+    assert shape.gpu_weight_bytes(cpu_moe=True) == 901 + 4*10
+    assert [shape.gpu_weight_bytes(n) for n in (0, 1, 2, 4)] == [0, 901, 901 + 110, 901 + 3*110]
+    assert [layer.index for layer in shape.on_gpu(3).layers] == [2, 3] and not shape.on_gpu(1).layers
+
+
+def test_partly_offloaded_model_has_more_room(tiny):
+    shape = model_shape.load(tiny(n_layer=24))
+    rows = {n: plan.row_at(shape, "kvarn4", 8192, arguments("m", "--vram", "1G", "--gpu-layers", str(n))) for n in (-1, 13)}
+    assert rows[13].kv == rows[-1].kv/2 and rows[13].tail == rows[-1].tail/2 and rows[13].weights < rows[-1].weights

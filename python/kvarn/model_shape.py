@@ -4,7 +4,8 @@ llama.cpp decides most of this in code, one rule an architecture; the tables bel
 whose cache follows other rules (sparse attention) is refused, not guessed. SPDX-License-Identifier: MIT
 """
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -35,6 +36,9 @@ NO_CACHE = ("bert", "jina-bert-v2", "jina-bert-v3", "nomic-bert", "nomic-bert-mo
 OTHER_CACHE = ("minimax-m3", "glm-dsa", "deepseek32", "deepseek4", "hy_v4", "dots3note", "qwen4exp", "glm5-next", "dflash",
                "gemma4-assistant", "granite_switch", "graniteswitch", "granite-switch", "t5", "eagle3")
 
+BLOCK = re.compile(r"blk\.(\d+)\.")
+EXPERTS = re.compile(r"\.ffn_(up|down|gate|gate_up)_(ch|)exps")    # what --cpu-moe keeps in main memory
+
 # tensors that stay in main memory when the layers are on a GPU
 INPUT_TENSORS = ("token_embd.", "position_embd.", "token_types.", "per_layer_token_embd.")
 
@@ -47,6 +51,7 @@ class Layer:
     k: int
     v: int                 # 0: MLA, values are read from the keys
     is_window: bool
+    index: int             # of the layer in the model
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Shape:
     architecture: str
     name: str
     n_layer: int
+    n_draft: int           # layers after these that only draft tokens (MTP)
     n_embd: int
     n_head: int
     n_ff: int
@@ -68,12 +74,32 @@ class Shape:
     n_recurrent: int
     state_bytes: int       # of one sequence, all recurrent layers
     weight_bytes: int
-    input_bytes: int       # of them, what stays in main memory; an embedding that is also the output counts twice on a GPU
+    tensors: "dict[str, int]" = field(repr=False)     # name -> bytes
 
-    @property
-    def gpu_weight_bytes(self) -> int:
-        """What all layers and the output take on a GPU."""
-        return self.weight_bytes - self.input_bytes
+    def gpu_weight_bytes(self, n_layers: int = -1, cpu_moe: bool = False) -> int:
+        """What the last n_layers take on a GPU; -1: all, and the output. cpu_moe: experts stay in main memory.
+
+        The input embedding does, too; where it is also the output, the GPU gets a copy.
+        """
+        first = first_on_gpu(self.n_layer + self.n_draft, n_layers)
+        total = 0
+        for name, size in self.tensors.items():
+            block = BLOCK.match(name)
+            layer = int(block.group(1)) if block else self.n_layer + self.n_draft
+            if layer >= first and not name.startswith(INPUT_TENSORS) and not (cpu_moe and EXPERTS.search(name)):
+                total += size
+        is_tied = "output.weight" not in self.tensors and first <= self.n_layer + self.n_draft
+        return total + (self.tensors.get("token_embd.weight", 0) if is_tied else 0)
+
+    def on_gpu(self, n_layers: int) -> "Shape":
+        """The last n_layers of it, as far as the cache goes."""
+        first = first_on_gpu(self.n_layer + self.n_draft, n_layers)
+        return replace(self, layers=tuple(layer for layer in self.layers if layer.index >= first))
+
+
+def first_on_gpu(n_layer: int, n_layers: int) -> int:
+    """llama.cpp counts the output as one layer more, and fills from the end: 1 is the output alone, n_layer + 1 everything."""
+    return 0 if n_layers < 0 else max(n_layer + 1 - n_layers, 0)
 
 
 def per_layer(value: Any, n: int, default: int = 0) -> "list[int]":
@@ -179,18 +205,15 @@ def shape_of(header: Header) -> Shape:
         if is_recurrent[i] and arch != "falcon-h1" or arch.startswith("nemotron_h") and widths[i] > 0:
             continue
         layers.append(Layer(heads[i], k_window if is_window[i] else k, 0 if is_mla else v_window if is_window[i] else v,
-                            is_window[i]))
+                            is_window[i], i))
     n_recurrent = sum(is_recurrent[:n_layer])
-    tied = "output.weight" not in header.tensors
-    inputs = {name: size for name, size in header.tensors.items() if name.startswith(INPUT_TENSORS)}
-    embedding = header.tensors.get("token_embd.weight", 0) if tied else 0
     n_vocab = header.values.get("tokenizer.ggml.tokens", header.get("vocab_size", 0))
-    return Shape(path, arch, str(header.values.get("general.name", path.stem)), n_layer, n_embd, max(n_heads, default=0),
+    return Shape(path, arch, str(header.values.get("general.name", path.stem)), n_layer, n_all - n_layer, n_embd, max(n_heads, default=0),
                  max([*widths, *per_layer(header.get("expert_feed_forward_length"), n_all)]),
                  int(n_vocab if not isinstance(n_vocab, list) else len(n_vocab)), int(header.get("context_length", 0)),
                  window if any(layer.is_window for layer in layers) else 0, is_mla, tuple(layers), n_recurrent,
                  4*n_recurrent*state_values(header, n_heads[0] if n_heads else 0, k), sum(header.tensors.values()),
-                 sum(inputs.values()) - embedding)
+                 dict(header.tensors))
 
 
 def load(path: "str | Path") -> Shape:

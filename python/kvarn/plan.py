@@ -20,6 +20,7 @@ HELP = "the largest context that fits into a GPU's or the main memory, for every
 EXAMPLE = """examples:
   kvarn plan model.gguf --vram 24G                  largest context of every cache type, and where the memory goes
   kvarn plan model.gguf --vram 24G --ctx 65536      does this context fit?
+  kvarn plan model.gguf --vram 24G --cpu-moe        a mixture of experts whose experts stay in main memory
   kvarn plan model.gguf --ram 64G --plot plan.png   all in main memory; the same as a picture
 """
 CACHES = "f16,q8_0,q5_1,q5_0,q4_1,q4_0,iq4_nl,kvarn4,kvarn4/kvarn2,kvarn3,kvarn2"
@@ -50,7 +51,9 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL.gguf", help="a GGUF, or the first part of one; its header is enough")
-    parser.add_argument("--vram", metavar="SIZE", help="memory of the GPU: 24G, 8192M (G = 1024 M); all layers are there")
+    parser.add_argument("--vram", metavar="SIZE", help="memory of the GPU: 24G, 8192M (G = 1024 M)")
+    parser.add_argument("--gpu-layers", type=int, default=-1, metavar="N", help="with --vram: layers on the GPU (default: all)")
+    parser.add_argument("--cpu-moe", action="store_true", help="with --vram: experts stay in main memory (llama.cpp's --cpu-moe)")
     parser.add_argument("--ram", metavar="SIZE", help="main memory instead: nothing is on a GPU")
     parser.add_argument("--ctx", type=int, metavar="N", help="sizes at this context instead of the largest one")
     parser.add_argument("--caches", default=CACHES, help="kv types (default: all)")
@@ -88,12 +91,13 @@ def compute_bytes(shape: Shape, n_ctx: int, n_ubatch: int, is_unpacked: bool) ->
 def row_at(shape: Shape, cache: str, n_ctx: int, args: argparse.Namespace) -> Row:
     keys, values = kvtype.parse(cache)
     name, on_gpu = kvtype.label(keys, values), not args.ram
-    weights = shape.gpu_weight_bytes if on_gpu else shape.weight_bytes
+    weights = shape.gpu_weight_bytes(args.gpu_layers, args.cpu_moe) if on_gpu else shape.weight_bytes
+    here = shape.on_gpu(args.gpu_layers) if on_gpu else shape
     reserve = size_in_bytes(args.reserve, "reserve")
     refused = cache_size.why_not(shape, keys, values)
     if refused:
         return Row(name, 0, False, weights, 0, 0, 0, 0, 0, reserve, refused)
-    size = cache_size.of(shape, keys, values, n_ctx, args.ubatch, args.sequences, sink=args.sink)
+    size = cache_size.of(here, keys, values, n_ctx, args.ubatch, args.sequences, sink=args.sink)
     compute = compute_bytes(shape, size.n_ctx, args.ubatch, on_gpu and any(map(kvtype.is_quantized, (keys, values))))
     row = Row(name, size.n_ctx, False, weights, size.key_bytes + size.value_bytes - size.spare_bytes, size.tail_bytes,
               size.spare_bytes, size.state_bytes, compute, reserve, "")
@@ -167,6 +171,10 @@ def cells(shape: Shape, rows: "list[Row]", args: argparse.Namespace) -> "tuple[l
     if any(row.n_ctx > shape.n_ctx_train > 0 for row in rows):
         notes.append(f"* more than the {shape.n_ctx_train} tokens the model was trained for")
     place = "on the GPU, without the input embedding" if not args.ram else "in main memory"
+    if not args.ram and args.gpu_layers >= 0:
+        place = f"of {args.gpu_layers} layers on the GPU, and so is the cache; the rest is in main memory"
+    if not args.ram and args.cpu_moe:
+        place += ", without experts"
     notes.append(f"weights: {place}; total: with {gib(rows[0].reserve)} GiB in reserve; tail + spare: kvarn's f16 tail and spare "
                  "tiles; compute: an estimate")
     return head, body, notes
@@ -209,6 +217,8 @@ def draw(path: str, shape: Shape, rows: "list[Row]", args: argparse.Namespace) -
 def run(args: argparse.Namespace) -> int:
     if args.vram and args.ram:
         raise ValueError("give --vram or --ram, not both")
+    if args.ram and (args.gpu_layers >= 0 or args.cpu_moe):
+        raise ValueError("--gpu-layers and --cpu-moe go with --vram")
     if not args.vram and not args.ram and not args.ctx:
         raise ValueError("give --vram SIZE or --ram SIZE, what must fit, or --ctx N")
     if args.sink < 0:
@@ -244,6 +254,6 @@ def run(args: argparse.Namespace) -> int:
 
 def as_json(shape: Shape, rows: "list[Row]", args: argparse.Namespace) -> "dict[str, Any]":
     layers = [asdict(layer) for layer in shape.layers]
-    model = {name: value for name, value in asdict(shape).items() if name not in ("path", "layers")}
+    model = {name: value for name, value in asdict(shape).items() if name not in ("path", "layers", "tensors")}
     return {"model": {"path": str(shape.path), **model, "layers": layers}, "budget": budget_of(args), "ubatch": args.ubatch,
             "sequences": args.sequences, "rows": [{**asdict(row), "total": row.total} for row in rows]}
