@@ -208,7 +208,8 @@ def shape_of(header: Header) -> Shape:
                             is_window[i], i))
     n_recurrent = sum(is_recurrent[:n_layer])
     n_vocab = header.values.get("tokenizer.ggml.tokens", header.get("vocab_size", 0))
-    return Shape(path, arch, str(header.values.get("general.name", path.stem)), n_layer, n_all - n_layer, n_embd, max(n_heads, default=0),
+    name = str(header.values.get("general.name", path.stem))
+    return Shape(path, arch, name, n_layer, n_all - n_layer, n_embd, max(n_heads, default=0),
                  max([*widths, *per_layer(header.get("expert_feed_forward_length"), n_all)]),
                  int(n_vocab if not isinstance(n_vocab, list) else len(n_vocab)), int(header.get("context_length", 0)),
                  window if any(layer.is_window for layer in layers) else 0, is_mla, tuple(layers), n_recurrent,
