@@ -8,43 +8,51 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 
 ggml_tensor * llama_kvarn::build_plan(ggml_context * ctx, const llama_ubatch & ubatch) {
     // its length may depend only on what decides whether a graph is reused: tokens, sequences, streams
     plan_seal = n_seal(ubatch);
     plan      = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, ubatch.n_tokens + 2*plan_seal + n_tiles*kv.n_stream);
-    plan_rows = ggml_view_1d(ctx, plan, ubatch.n_tokens, 0); // one view for all layers: each would be copied to the device
+    plan_size = ubatch.n_tokens;
+    // Every input is copied to the device on its own. Keys and values in tiles have the same rows: those of the keys serve both.
+    plan_rows = has(KVARN_KEY) && has(KVARN_VALUE) ? nullptr : ggml_view_1d(ctx, plan, ubatch.n_tokens, 0);
     return plan;
 }
 
-static kvarn_shape kvarn_with_plan(kvarn_shape shape, const ggml_tensor * rows, uint32_t n_seal) {
-    shape.n_rows = rows->ne[0];
+static kvarn_shape kvarn_with_plan(kvarn_shape shape, uint32_t n_rows, uint32_t n_seal) {
+    shape.n_rows = n_rows;
     shape.n_seal = n_seal;
     return shape;
 }
 
-ggml_tensor * llama_kvarn::build_store(ggml_context * ctx, int side, int32_t ikv, ggml_tensor * cur, ggml_tensor * rows) const {
+ggml_tensor * llama_kvarn::build_store(ggml_context * ctx, int side, int32_t ikv, ggml_tensor * cur, ggml_tensor * rows) {
     const auto & layer = layers[side][ikv];
+
+    if (!rows) {
+        throw std::runtime_error("kvarn: this model stores values before keys; use cache type f16 for one of them");
+    }
+    plan_rows = plan_rows ? plan_rows : rows;
 
     ggml_tensor * tail = ggml_set_rows(ctx, layer.tail, cur, rows);
 
-    return ggml_kvarn_seal(ctx, layer.tiles, tail, plan, kvarn_with_plan(layer.shape, plan_rows, plan_seal));
+    return ggml_kvarn_seal(ctx, layer.tiles, tail, plan, kvarn_with_plan(layer.shape, plan_size, plan_seal));
 }
 
 ggml_tensor * llama_kvarn::build_get(ggml_context * ctx, int side, int32_t ikv, uint32_t n_kv, const slot_info & sinfo) const {
     const auto & layer = layers[side][ikv];
 
-    return ggml_kvarn_get(ctx, layer.tiles, layer.tail, plan, kvarn_with_plan(layer.shape, plan_rows, plan_seal),
+    return ggml_kvarn_get(ctx, layer.tiles, layer.tail, plan, kvarn_with_plan(layer.shape, plan_size, plan_seal),
             n_kv, sinfo.s0, sinfo.s1 - sinfo.s0 + 1);
 }
 
 ggml_tensor * llama_kvarn::build_rot(ggml_context * ctx, int side) const {
-    if (!n_rot[side]) {
-        return nullptr;
+    if (!n_rot[side] || rot[side]) {
+        return rot[side];
     }
-    ggml_tensor * rot = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rot[side], n_rot[side]);
-    ggml_set_input(rot); // the host writes it
-    return rot;
+    ggml_tensor * res = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rot[side], n_rot[side]);
+    ggml_set_input(res); // the host writes it
+    return res;
 }
 
 void llama_kvarn::set_input_rows(int64_t * data, const slot_info & sinfo) const {

@@ -16,6 +16,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <new>
 
 // tiles of one graph: what it takes is a few f32 copies of their keys of one layer
 static const uint32_t KVARN_SHIFT_TILES = 8;
@@ -29,8 +30,17 @@ public:
 
     ~shifter() { lctx->set_abort_callback(abort_callback, abort_data); }
 
-    // false if a graph could not be computed
-    bool run() { return turn_sealed() && turn_tail(); }
+    // Takes the memory that the graphs need, and turns nothing: a shift that ends half way could not be repeated.
+    bool rehearse() {
+        is_rehearsal = true;
+        return turn_sealed() && turn_tail();
+    }
+
+    // false if the device failed
+    bool run() {
+        is_rehearsal = false;
+        return turn_sealed() && turn_tail();
+    }
 
 private:
     // a view of plan entries, and what the graph is given
@@ -197,9 +207,6 @@ private:
         };
         graph g = { res->get_ctx(), new_input(GGML_TYPE_I64, in.plan.size()), new_input(GGML_TYPE_I32, in.shift.size()),
                     new_input(GGML_TYPE_I32, in.rows.size()), kvarn.build_rot(res->get_ctx(), KVARN_KEY) };
-        if (g.rot) {
-            ggml_set_input(g.rot);
-        }
 
         const auto & layers = kvarn.kv.layers;
         for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
@@ -212,6 +219,9 @@ private:
         }
         if (!ggml_backend_sched_alloc_graph(sched, res->get_gf())) {
             return false;
+        }
+        if (is_rehearsal) {
+            return true;
         }
 
         set_input(g.plan,  in.plan.data());
@@ -232,6 +242,8 @@ private:
     llama_kvarn   & kvarn;
     llama_context * lctx;
 
+    bool is_rehearsal = false;
+
     ggml_abort_callback abort_callback;
     void              * abort_data;
 };
@@ -247,9 +259,18 @@ bool llama_kvarn::can_shift(const char * func) const {
 void llama_kvarn::shift_keys(llama_context * lctx) {
     if (kv.hparams.rope_type != LLAMA_ROPE_TYPE_NONE) {
         llama_synchronize(lctx);
-        if (!shifter(*this, lctx).run()) {
-            LLAMA_LOG_ERROR("kvarn: no memory to move keys to new positions; use a smaller n_ubatch, or clear the sequence\n");
-            return; // tried again before the next batch
+        shifter shift(*this, lctx);
+        bool has_memory = false;
+        try {
+            has_memory = shift.rehearse();
+        } catch (const std::bad_alloc &) {
+        }
+        if (!has_memory) {
+            LLAMA_LOG_ERROR("kvarn: no memory to move keys to new positions, tried again before the next batch; free some or clear a sequence\n");
+            return;
+        }
+        if (!shift.run()) {
+            LLAMA_LOG_ERROR("kvarn: the device failed while it moved keys to new positions; clear the sequences that were moved\n");
         }
     }
     for (auto & cells : kv.v_cells) {

@@ -188,7 +188,33 @@ void llama_kvarn::check_device(ggml_backend_dev_t dev, const side_layer & layer)
     }
 }
 
-void llama_kvarn::finish(std::unordered_map<int64_t, std::vector<float>> & hadamard) const {
+void llama_kvarn::place_rotations(const std::unordered_map<int64_t, std::vector<float>> & hadamard) {
+    ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
+    rot_ctx.reset(ggml_init(params));
+
+    ggml_backend_buffer_type_t buft = nullptr;
+    for (int side : { KVARN_KEY, KVARN_VALUE }) {
+        if (n_rot[side] && !layers[side].empty()) {
+            buft = ggml_backend_buffer_get_type(layers[side][0].tiles->buffer);
+            rot[side] = side == KVARN_VALUE && n_rot[KVARN_KEY] == n_rot[side] && rot[KVARN_KEY] ? rot[KVARN_KEY] :
+                ggml_new_tensor_2d(rot_ctx.get(), GGML_TYPE_F32, n_rot[side], n_rot[side]);
+        }
+    }
+    if (!buft) {
+        return;
+    }
+    rot_buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(rot_ctx.get(), buft));
+    if (!rot_buf) {
+        throw std::runtime_error("kvarn: no memory for the rotation matrix; use a smaller n_ctx");
+    }
+    for (ggml_tensor * t : rot) {
+        if (t) {
+            ggml_backend_tensor_set(t, hadamard.at(t->ne[0]).data(), 0, ggml_nbytes(t));
+        }
+    }
+}
+
+void llama_kvarn::finish(std::unordered_map<int64_t, std::vector<float>> & hadamard) {
     for (int side : { KVARN_KEY, KVARN_VALUE }) {
         const int n = n_rot[side];
         if (n == 0 || hadamard.count(n)) {
@@ -207,6 +233,10 @@ void llama_kvarn::finish(std::unordered_map<int64_t, std::vector<float>> & hadam
         }
     }
 
+    if (!kv.hparams.no_alloc) {
+        place_rotations(hadamard);
+    }
+
     size_t tail_size = 0;
     for (int side : { KVARN_KEY, KVARN_VALUE }) {
         if (has(side) && !layers[side].empty()) {
@@ -220,6 +250,19 @@ void llama_kvarn::finish(std::unordered_map<int64_t, std::vector<float>> & hadam
         }
     }
     LLAMA_LOG_INFO("kvarn: tail = %7.2f MiB (%u slots of %d tokens in f16)\n", tail_size/1024.0/1024.0, n_slots, KVARN_G);
+
+    size_t unpacked = 0; // keys and values of one layer, when a device attends a prompt
+    for (int side : { KVARN_KEY, KVARN_VALUE }) {
+        size_t most = 0;
+        for (const auto & layer : layers[side]) {
+            const bool is_host = ggml_backend_buffer_is_host(layer.tiles->buffer);
+            most = std::max(most, is_host ? 0 : sizeof(ggml_fp16_t)*layer.shape.D*layer.shape.H*n_tiles*KVARN_G*kv.n_stream);
+        }
+        unpacked += most;
+    }
+    if (unpacked > 0) {
+        LLAMA_LOG_INFO("kvarn: prompts of more than 16 tokens unpack up to %7.2f MiB, one layer at a time\n", unpacked/1024.0/1024.0);
+    }
     if (n_sink > 0) {
         LLAMA_LOG_INFO("kvarn: the first %u tokens of every sequence stay in the tail (KVARN_SINK)\n", n_sink_tiles()*KVARN_G);
     }
@@ -305,11 +348,9 @@ void llama_kvarn::apply(const slot_info & sinfo, const llama_ubatch & ubatch) {
         used[sinfo.strm[s]] = kv.v_cells[sinfo.strm[s]].get_used();
     }
 
-    // A restore can leave an owner with two tiles to fill. One more than the graph has entries for stays open until save().
-    const size_t n_max = n_seal(ubatch);
     seal_list.clear();
     for (uint32_t tile : touched) {
-        if (tiles[tile].state == OPEN && n_used(tile) == KVARN_G && seal_list.size() < n_max) {
+        if (tiles[tile].state == OPEN && n_used(tile) == KVARN_G) {
             mark_sealed(tile);
             seal_list.push_back(tile);
         }

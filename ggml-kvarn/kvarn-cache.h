@@ -71,7 +71,7 @@ public:
     ggml_tensor * new_side(ggml_context * ctx, int side, uint32_t il);
 
     // Hadamard matrices for the rotations in use; then prints sizes
-    void finish(std::unordered_map<int64_t, std::vector<float>> & hadamard) const;
+    void finish(std::unordered_map<int64_t, std::vector<float>> & hadamard);
 
     //
     // cells
@@ -105,7 +105,7 @@ public:
 
     ggml_tensor * build_plan (ggml_context * ctx, const llama_ubatch & ubatch); // the v_idxs input
     ggml_tensor * build_rows () const { return plan_rows; }                     // its rows, for ggml_set_rows of the values
-    ggml_tensor * build_store(ggml_context * ctx, int side, int32_t ikv, ggml_tensor * cur, ggml_tensor * rows) const;
+    ggml_tensor * build_store(ggml_context * ctx, int side, int32_t ikv, ggml_tensor * cur, ggml_tensor * rows);
     ggml_tensor * build_get  (ggml_context * ctx, int side, int32_t ikv, uint32_t n_kv, const slot_info & sinfo) const;
     ggml_tensor * build_rot  (ggml_context * ctx, int side) const;              // nullptr: no rotation
 
@@ -163,6 +163,7 @@ private:
     class shifter;
     void shift_keys(llama_context * lctx);
 
+    void place_rotations(const std::unordered_map<int64_t, std::vector<float>> & hadamard);
     void check_device(ggml_backend_dev_t dev, const side_layer & layer) const;
 
     // state
@@ -191,6 +192,11 @@ private:
 
     std::vector<side_layer> layers[2];
 
+    // Hadamard matrices beside the tiles: as an input each would be copied for every token
+    ggml_context_ptr        rot_ctx;
+    ggml_backend_buffer_ptr rot_buf;
+    ggml_tensor           * rot[2] = { nullptr, nullptr };
+
     std::vector<uint32_t> seal_list;   // tiles that the current ubatch fills
     std::vector<copy>     copies;      // pending
     bool                  is_full = false; // compact() was asked for
@@ -198,6 +204,7 @@ private:
     // of the graph being built
     ggml_tensor * plan      = nullptr;
     ggml_tensor * plan_rows = nullptr;
+    uint32_t      plan_size = 0; // its rows
     uint32_t      plan_seal = 0;
 };
 
