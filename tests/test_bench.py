@@ -50,7 +50,7 @@ def test_grown_tiles_hold_the_repeated_prompt(tiny):
     context = open_context(tiny(), "kvarn3", seed)
     assert grow(context.state, seed) == context.state
     tile = 2*2*2*(128*128*3//8 + 4*128 + 2*128)  # two layers, sides and heads
-    more = SEED_TILES*(tile + 20) + SEED_TILES*G*12
+    more = SEED_TILES*(tile + 20) + SEED_TILES*G*16
     assert len(grow(context.state, seed + SEED_TILES*G)) == len(context.state) + more
     with pytest.raises(ValueError, match="is not a multiple"):
         grow(context.state, seed + 1)

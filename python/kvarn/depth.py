@@ -66,10 +66,22 @@ def grow_rows(read: Reader, depth: int) -> bytes:
     return b"".join([*out, read.data[read.at:]])
 
 
-def fnv1a(data: bytes) -> int:
-    value = 0xcbf29ce484222325
-    for byte in data:
-        value = (value ^ byte)*0x100000001b3 & 0xffffffffffffffff
+def state_hash(parts: "list[bytes]") -> int:
+    """kvarn_hash of ggml-kvarn/kvarn-cache-state.cpp: four lanes take words of 8 bytes in turns, the first also what is over."""
+    def mix(x: int) -> int:
+        x = x*0x9e3779b97f4a7c15 & 0xffffffffffffffff
+        return x ^ x >> 29
+
+    a, b, c, d = 1, 2, 3, 4
+    for data in parts:
+        whole = len(data)//32*32
+        for w, x, y, z in struct.iter_unpack("<4Q", data[:whole]):
+            a, b, c, d = mix(a ^ w), mix(b ^ x), mix(c ^ y), mix(d ^ z)
+        for at in range(whole, len(data), 8):
+            a = mix(a ^ int.from_bytes(data[at:at + 8], "little"))
+    value = 0
+    for lane in (a, b, c, d):
+        value = mix(value ^ lane)
     return value
 
 
@@ -96,16 +108,19 @@ def grow_tiles(read: Reader, depth: int) -> bytes:
         raise ValueError(f"depth {depth} is not a multiple of {G} plus {n_rows}")
     full = (1 << 64) - 1
     new = struct.pack("<II", tiles, 1) + struct.pack("<iQQ", 0, full, full)*tiles + struct.pack("<iI", 0, n_rows)
-    new += b"".join(struct.pack("<iIi", i, 1, 0) for i in range(depth))
-    out = [struct.pack("<II", magic, n_text), text, struct.pack("<IQQ", 1, len(new), fnv1a(new)), new]
+    new += b"".join(struct.pack("<iiIi", i, 0, 1, 0) for i in range(depth))
+    out = [struct.pack("<II", magic, n_text), text, struct.pack("<IQQ", 1, len(new), state_hash([new])), new]
+    data: "list[bytes]" = []
     for side in text.decode().split("; ")[1:]:
         name, bits = side.split()[1], re.search(r"\((\d+) bits", side)
         for heads, channels in re.findall(r" (\d+)x(\d+)", side):
             heads, D = int(heads), int(channels)
             row = 2*heads*D if bits else row_bytes(name, heads*D)
             tile = (D*G*int(bits.group(1))//8 + 4*D + 2*G)*heads if bits else G*row
-            out += [repeated(read.take(tile*n_sealed), tile, tiles), read.take(row*n_rows)]
-    return b"".join([*out, read.data[read.at:]])
+            sealed = repeated(read.take(tile*n_sealed), tile, tiles)
+            data += [sealed[at:at + tile] for at in range(0, len(sealed), tile)] + [read.take(row*n_rows)]
+    read.take(8)
+    return b"".join([*out, *data, struct.pack("<Q", state_hash(data)), read.data[read.at:]])
 
 
 def filled_depth(depth: int) -> int:
