@@ -173,7 +173,8 @@ class Talk:
         self.start_clock()
         pieces = self.pieces(text)
         with Interrupt() as interrupt:
-            line.show(f"reading {len(text)} characters", now=True)
+            line.show("reading", now=True)
+            self.llm.on_eval = lambda done, all: line.show(f"reading: {done} of {all} tokens")
             try:
                 for piece in pieces:
                     interrupt.writes = True

@@ -14,7 +14,7 @@ import ctypes
 import os
 from html import escape
 from types import TracebackType
-from typing import Any, Dict, Optional, Sequence, Type, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Type, Union
 
 from . import kvtype
 from .kv_info import KVInfo, KVSize, info_of, read_size
@@ -56,6 +56,7 @@ class Llama(llama_cpp.Llama):
 
     _stack = contextlib.ExitStack()  # what close() asks for when __init__ refused before it got its own
     kv_size: KVSize
+    on_eval: Optional[Callable[[int, int], None]] = None     # see eval()
 
     def __init__(self, model_path: str, *, kv_type: Optional[str] = None, type_k: Union[str, int, None] = None,
                  type_v: Union[str, int, None] = None, flash_attn: Optional[bool] = None, swa_full: Optional[bool] = None,
@@ -106,14 +107,20 @@ class Llama(llama_cpp.Llama):
         return f"<b>{escape(name)}</b>{self.kv_info()._repr_html_()}"
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Decodes tokens after those in the cache. RuntimeError, before anything is decoded, if they do not fit."""
+        """Decodes tokens after those in the cache, n_batch at a time. RuntimeError, with nothing decoded, if they do not fit.
+
+        on_eval(done, all), where set, is called before every batch of a prompt that takes more than one.
+        """
         room = self.n_ctx() - self.n_tokens
         if len(tokens) > room:
             raise RuntimeError(f"{len(tokens)} more tokens do not fit: {self.n_tokens} of n_ctx = {self.n_ctx()} are in use; "
                                "make the Llama with a larger n_ctx")
         with CapturedLog(self.verbose) as log:
             try:
-                super().eval(tokens)
+                for start in range(0, len(tokens), self.n_batch):
+                    if self.on_eval is not None and len(tokens) > self.n_batch:
+                        self.on_eval(start, len(tokens))
+                    super().eval(tokens[start:start + self.n_batch])
             except RuntimeError as error:
                 reason = log.reason()
                 raise RuntimeError(f"{error}: {reason}" if reason else str(error)) from None
