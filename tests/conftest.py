@@ -77,21 +77,27 @@ def test_bin_dir() -> Path:
     return upstream_bin()
 
 
-@pytest.fixture(scope="session")
-def whole_log(tmp_path_factory) -> dict:
-    """What to add to the environment so that upstream's tools print all they have to say.
+def flush_log(folder: Path) -> dict:
+    """What to add to the environment so that upstream's tools print all they have to say; RuntimeError without a compiler.
 
     Their log has a thread of its own that is not waited for when a tool ends, so the last lines of a short run are lost, on a
     busy machine most of them. A few lines of C++ loaded into the process flush it at the end.
     """
-    folder = tmp_path_factory.mktemp("log")
     source, library = folder / "flush.cpp", folder / "libflush.so"
     source.write_text("struct common_log;\ncommon_log * common_log_main();\nvoid common_log_flush(common_log *);\n"
                       "static struct at_exit { ~at_exit() { common_log_flush(common_log_main()); } } at_exit;\n")
     done = subprocess.run(["g++", "-shared", "-fPIC", "-o", str(library), str(source)], capture_output=True, text=True)
     if done.returncode:
-        pytest.skip(f"g++ could not compile the flush of upstream's log: {done.stderr.strip()[-200:]}")
+        raise RuntimeError(f"g++ could not compile the flush of upstream's log: {done.stderr.strip()[-200:]}")
     return {"LD_PRELOAD": str(library)}
+
+
+@pytest.fixture(scope="session")
+def whole_log(tmp_path_factory) -> dict:
+    try:
+        return flush_log(tmp_path_factory.mktemp("log"))
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -52,8 +52,9 @@ class Setup(NamedTuple):
     may_run_out: bool = False   # the pool is smaller than the slots: a request may be refused, never answered wrong
 
 
-# Slots that are restored or erased while the server moves idle slots to its prompt cache answer with each other's text, with an
-# f16 cache just as well (found by this soak, with --types f16/f16). So a setup has one of the two.
+# A request that names a busy slot (id_slot) makes this llama-server load a prompt from its prompt cache into that slot before it
+# sees that the slot is busy; the answer being written there then goes on with another text. With an f16 cache just as well: this
+# soak found it, --types f16/f16 is the control. So a setup either names slots or has a prompt cache.
 UNIFIED = ("--kv-unified", "--kv-unified-per-slot", N_SLOT_CTX, "-c", N_SLOTS*N_SLOT_CTX)
 STREAMS = ("--no-kv-unified", "-c", N_SLOTS*N_SLOT_CTX)
 SETUPS = [
@@ -105,14 +106,18 @@ class Client:
     def run(self, until: float) -> None:
         actions = [self.solve, self.resume, self.chain, self.hang_up, self.overflow, self.too_long, self.several, self.slot]
         weights = [20, 25, 10, 15, 10, 2, 4, 8 if self.soak.setup.has_slots else 0]
+        self.until = until
         try:
-            while time.monotonic() < until and not self.soak.is_over():
+            while not self.is_late() and not self.soak.is_over():
                 action = self.rng.choices(actions, weights)[0]
                 action()
                 self.soak.count(action.__name__)
         except Exception:
-            if time.monotonic() < until:   # else: the server is being ended
+            if not self.soak.is_over():   # else: the end of the server is reported, once
                 self.soak.fail(f"client {self.number}: {traceback.format_exc(limit=3)}")
+
+    def is_late(self) -> bool:
+        return time.monotonic() >= self.until
 
     # ------------------------------------------------------------------------------------------- requests
 
@@ -154,6 +159,8 @@ class Client:
         """From the middle of an answer, in the slot that wrote it or any other: the cache is cut anywhere in a tile."""
         p = self.problem()
         for _ in range(self.rng.randint(1, 3)):
+            if self.is_late():
+                return
             kept = self.rng.randrange(len(p.answer))
             self.expect(f"from byte {kept}", prompt_of(p) + list(p.answer[:kept].encode()), p.answer[kept:])
 
@@ -208,6 +215,8 @@ class Client:
         is_saved = do("save", filename=file)
         if self.rng.random() < 0.5:
             do("erase")
+        if self.is_late():
+            return
         other = self.problem()
         self.expect("over a saved slot", prompt_of(other), other.answer, id_slot=number)
         if is_saved:
