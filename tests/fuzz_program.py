@@ -52,10 +52,17 @@ class Fuzzer:
         return done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}{done.stderr[-6000:]}"
 
 
+    def replay(self, model: str, program: Path, mode: str = "replay") -> "dict[str, float]":
+        """One program; what was counted."""
+        done = subprocess.run([str(self.path), mode, model, str(program)], capture_output=True, text=True)
+        assert done.returncode == 0, f"{done.args}\n{program.read_text()[:3000]}\n{done.stdout[-6000:]}{done.stderr[-6000:]}"
+        return numbers(done.stdout)
+
+
 def numbers(output: str) -> "dict[str, float]":
     """What a run counted."""
-    pairs = [line.split() for line in output.splitlines()[1:]]
-    return {pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2}
+    pairs = [line.split() for line in output.splitlines()]
+    return {pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2 and pair[1][0].isdigit()}
 
 
 class Mistaken:

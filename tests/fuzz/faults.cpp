@@ -12,8 +12,7 @@
 #include <dlfcn.h>
 #include <execinfo.h>
 
-static const size_t FAULT_HOST_SIZE   = 1024;
-static const size_t FAULT_BUFFER_SIZE = 4096;
+static const size_t FAULT_SIZE = 4096; // at least
 
 static thread_local int  left  = -1; // allocations before the one that fails; -1: not armed
 static thread_local bool fired = false;
@@ -30,12 +29,12 @@ bool disarm_fault() {
     return fired;
 }
 
-static bool is_below_kvarn() {
+static bool is_below(const char * name) {
     void * frames[12];
     const int n = backtrace(frames, 12);
     for (int i = 0; i < n; ++i) {
         Dl_info info;
-        if (dladdr(frames[i], &info) && info.dli_sname && strstr(info.dli_sname, "kvarn")) {
+        if (dladdr(frames[i], &info) && info.dli_sname && strstr(info.dli_sname, name)) {
             return true;
         }
     }
@@ -43,12 +42,12 @@ static bool is_below_kvarn() {
 }
 
 static bool fails(fault_kind kind, size_t size) {
-    if (left < 0 || kind != armed || size < (kind == FAULT_HOST ? FAULT_HOST_SIZE : FAULT_BUFFER_SIZE)) {
+    if (left < 0 || kind != armed || size < FAULT_SIZE) {
         return false;
     }
     const int before = left;
     left = -1; // backtrace() allocates, too
-    if (kind == FAULT_HOST && !is_below_kvarn()) {
+    if (kind == FAULT_HOST ? !is_below("kvarn") : is_below("ggml_init")) {
         left = before;
         return false;
     }

@@ -5,8 +5,8 @@
 #pragma once
 
 enum fault_kind : int {
-    FAULT_HOST,   // operator new below a function of kvarn, from FAULT_HOST_SIZE bytes on: rows and tiles in host memory
-    FAULT_BUFFER, // posix_memalign: tensors and compute buffers
+    FAULT_HOST,   // operator new below a function of kvarn, from 4 KiB on: rows and tiles in host memory
+    FAULT_BUFFER, // posix_memalign, but for ggml_init(), which aborts by itself: tensors and compute buffers
 };
 
 // the n-th such allocation (0: the next one) of this thread fails

@@ -3,6 +3,7 @@
 //   fuzz run MODEL N_OPS SEED LENGTH [exact=0] [shift=1] [faults=1] [threads=N]
 //                                                               random programs of LENGTH operations, about N_OPS in all
 //   fuzz replay MODEL FILE                                      one program
+//   fuzz create MODEL FILE                                      the same, after contexts that cannot be created for lack of memory
 //   fuzz print SEED LENGTH [...]                                a random program as text
 //
 // Prints `name value` lines about what was done; on a failure also what differed and the shortest program found that shows it.
@@ -25,6 +26,8 @@
 static const unsigned SECONDS_PER_PROGRAM = 300;
 static const int      SHRINK_RUNS         = 400;
 
+static bool is_creation = false; // contexts are created without memory before the program runs
+
 struct outcome {
     std::string failure; // "": none
     size_t      n_done = 0; // operations before it
@@ -40,6 +43,11 @@ static void run_here(const tested_model & model, const program & p, int out) {
     try {
         twins pair(model, p.set);
         try {
+            for (fault_kind kind : { FAULT_HOST, FAULT_BUFFER }) {
+                if (is_creation) {
+                    pair.stats.n_faults += pair.create_without_memory(kind);
+                }
+            }
             for (const auto & op : p.ops) {
                 (void) !write(out, &n_done, sizeof(n_done));
                 pair.run(op);
@@ -227,7 +235,8 @@ int main(int argc, char ** argv) {
         c.any_shift = c.any_shift || strcmp(argv[i], "shift=1") == 0;
         c.faults    = c.faults    || strcmp(argv[i], "faults=1") == 0;
     }
-    if (mode == "replay" && argc > 3) {
+    if ((mode == "replay" || mode == "create") && argc > 3) {
+        is_creation = mode == "create";
         std::ifstream file(argv[3]);
         std::stringstream text;
         text << file.rdbuf();
@@ -258,6 +267,6 @@ int main(int argc, char ** argv) {
         return 0;
     }
     fprintf(stderr, "usage: fuzz run MODEL N_OPS SEED LENGTH [exact=0] [shift=1] [faults=1] [threads=N]\n"
-                    "       fuzz replay MODEL FILE | fuzz print SEED LENGTH [..]\n");
+                    "       fuzz replay|create MODEL FILE | fuzz print SEED LENGTH [..]\n");
     return 2;
 }

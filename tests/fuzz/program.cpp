@@ -193,8 +193,8 @@ program random_program(uint64_t seed, int n_ops, const choices & c) {
         if (rng.one_in(25)) {
             m = &moods[rng.below(sizeof(moods)/sizeof(moods[0]))];
         }
-        if (c.faults && rng.one_in(8)) {
-            res.ops.push_back({ OP_FAULT, { rng.one_in(4) ? FAULT_BUFFER : FAULT_HOST, rng.below(rng.one_in(2) ? 3 : 40) } });
+        if (c.faults && rng.one_in(3)) {
+            res.ops.push_back({ OP_FAULT, { rng.one_in(8) ? FAULT_BUFFER : FAULT_HOST, rng.below(rng.one_in(2) ? 2 : 12) } });
         }
         res.ops.push_back(random_op(rng, res.set, c, *m));
     }

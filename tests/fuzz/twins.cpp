@@ -58,7 +58,7 @@ static void set_environment(const char * name, int value) {
     }
 }
 
-llama_context * twins::create(bool is_kvarn) const {
+llama_context * twins::try_to_create(bool is_kvarn) const {
     set_environment("KVARN_TEST_EXACT", set.exact);
     set_environment("KVARN_STRICT", set.strict);
     set_environment("KVARN_SINK", set.sink);
@@ -74,11 +74,31 @@ llama_context * twins::create(bool is_kvarn) const {
     params.type_v          = is_kvarn ? type_of(set.values) : GGML_TYPE_F16;
     params.kv_unified      = set.unified;
     params.swa_full        = set.swa_full;
-    llama_context * ctx = llama_init_from_model(model.model, params);
+    return llama_init_from_model(model.model, params);
+}
+
+llama_context * twins::create(bool is_kvarn) const {
+    llama_context * ctx = try_to_create(is_kvarn);
     if (!ctx) {
         throw mismatch("no context: " + log_lines);
     }
     return ctx;
+}
+
+int twins::create_without_memory(fault_kind kind) const {
+    for (int n = 0; ; ++n) {
+        log_lines.clear();
+        arm_fault(kind, n);
+        llama_context * ctx = try_to_create(true);
+        const bool has_failed = disarm_fault();
+        llama_free(ctx);
+        if (has_failed && (ctx || log_lines.empty())) {
+            throw mismatch("allocation " + std::to_string(n) + " fails, " + (ctx ? "and there is a context" : "and no line says so"));
+        }
+        if (!has_failed) {
+            return n;
+        }
+    }
 }
 
 void twins::create_both() {
@@ -143,9 +163,13 @@ std::vector<twins::row> twins::rows_for(const operation & op, size_t first, int 
 }
 
 // a call of the library, in which an allocation fails if that was asked for and the context is the kvarn one
-template <typename F> auto twins::with_fault(llama_context * ctx, F && call) -> decltype(call()) {
+template <typename F> auto twins::with_fault(llama_context * ctx, bool is_decode, F && call) -> decltype(call()) {
     has_fired = false;
     if (ctx != kvarn || n_before < 0) {
+        return call();
+    }
+    if (fault == FAULT_BUFFER && !is_decode) { // upstream's own ggml_init() aborts
+        n_before = -1;
         return call();
     }
     arm_fault(fault, n_before);
@@ -172,7 +196,7 @@ int twins::decode(llama_context * ctx, const std::vector<row> & rows) {
         batch.logits[i]   = r.wanted;
         std::copy(r.seqs.begin(), r.seqs.end(), batch.seq_id[i]);
     }
-    const int status = with_fault(ctx, [&] { return llama_decode(ctx, batch); });
+    const int status = with_fault(ctx, true, [&] { return llama_decode(ctx, batch); });
     llama_batch_free(batch);
     return status;
 }
@@ -281,7 +305,7 @@ bool twins::flush() {
 
 bool twins::save(llama_context * ctx, int seq, uint32_t flags, std::vector<uint8_t> & state) {
     state.resize(seq < 0 ? llama_state_get_size(ctx) : llama_state_seq_get_size_ext(ctx, seq, flags));
-    const size_t n = with_fault(ctx, [&] {
+    const size_t n = with_fault(ctx, false, [&] {
         return seq < 0 ? llama_state_get_data(ctx, state.data(), state.size())
                        : llama_state_seq_get_data_ext(ctx, state.data(), state.size(), seq, flags);
     });
@@ -289,7 +313,7 @@ bool twins::save(llama_context * ctx, int seq, uint32_t flags, std::vector<uint8
 }
 
 bool twins::load(llama_context * ctx, int seq, uint32_t flags, const std::vector<uint8_t> & state) {
-    const size_t n = with_fault(ctx, [&] {
+    const size_t n = with_fault(ctx, false, [&] {
         return seq < 0 ? llama_state_set_data(ctx, state.data(), state.size())
                        : llama_state_seq_set_data_ext(ctx, state.data(), state.size(), seq, flags);
     });

@@ -46,12 +46,16 @@ public:
 
     void run(const operation & op); // throws mismatch
 
+    // Contexts of which one allocation after the other fails, until none does; how many. Throws mismatch.
+    int create_without_memory(fault_kind kind) const;
+
     statistics stats;
 
 private:
     struct row { int token, pos; std::vector<int> seqs; bool wanted; };
     struct twin_states { std::vector<uint8_t> f16, kvarn; };
 
+    llama_context * try_to_create(bool is_kvarn) const;
     llama_context * create(bool is_kvarn) const;
     void create_both();
     void free_both();
@@ -61,7 +65,7 @@ private:
     bool range(int seq, int from, int n, int & p0, int & p1) const;
 
     std::vector<row> rows_for(const operation & op, size_t first, int mode, random_numbers & rng) const;
-    template <typename F> auto with_fault(llama_context * ctx, F && call) -> decltype(call());
+    template <typename F> auto with_fault(llama_context * ctx, bool is_decode, F && call) -> decltype(call());
     int  decode(llama_context * ctx, const std::vector<row> & rows);
     void decode_both(const std::vector<row> & rows);
     void decode_and_abort(const std::vector<row> & rows, int after);
