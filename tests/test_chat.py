@@ -109,6 +109,13 @@ def test_chat_reads_lines_and_keeps_the_conversation(talker):
 
 
 @pytest.mark.llama
+def test_a_text_that_does_not_fit_does_not_end_the_chat(talker):
+    done = run("chat", talker, "--max-tokens", "8", "--temp", "0", "--ctx", "256", feed="hello\n" + "x"*400 + "\nhello\n")
+    assert done.returncode == 0
+    assert done.stderr.count("tok/s") == 2 and done.stderr.count("/clear starts anew") == 1
+
+
+@pytest.mark.llama
 def test_thoughts_are_folded_in_a_pipe(thinker):
     done = run("run", thinker, "hello", *SHORT)
     assert done.returncode == 0 and done.stdout.strip() == ""

@@ -204,7 +204,7 @@ def test_serve_answers(tiny):
                                stderr=subprocess.PIPE, text=True, errors="replace")
     try:
         said = process.stderr.readline()
-        assert said.startswith(f"kvarn: http://127.0.0.1:{port}, cache kvarn2, 1024 tokens"), said
+        assert said.startswith(f"kvarn: http://127.0.0.1:{port}/v1, cache kvarn2, 1024 tokens"), said
         threading.Thread(target=process.stderr.read, daemon=True).start()
         body = json.dumps({"prompt": "hello", "max_tokens": 4}).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})

@@ -295,8 +295,14 @@ def chat(args: argparse.Namespace) -> int:
         elif text.startswith("/help"):
             note(COMMANDS)
         else:
-            with StatusLine() as line:
-                why = talk.answer(text, line)
+            n_before = len(talk.messages)
+            try:
+                with StatusLine() as line:
+                    why = talk.answer(text, line)
+            except (RuntimeError, ValueError) as error:      # too long a text, mostly: the conversation goes on
+                del talk.messages[n_before:]
+                note(f"kvarn: {error}; /clear starts anew, a larger --ctx takes more")
+                continue
             note(f"[{talk.status()}]" + (f" [{why}]" if why else ""))
     return 0
 

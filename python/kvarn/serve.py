@@ -1,7 +1,7 @@
 """kvarn serve: an OpenAI-compatible server, with cache types by name.
 
-Runs the bundled llama-server, which has a web page and needs nothing else; with --python, llama-cpp-python's server.
-What comes after -- goes to that server as it is. SPDX-License-Identifier: MIT
+Runs the bundled llama-server, which needs nothing else; with --python, llama-cpp-python's server. llama-server's web page is made
+with npm and not in this build; its API is. What comes after -- goes to that server as it is. SPDX-License-Identifier: MIT
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 from . import kvtype
 
 EXAMPLE = """examples:
-  kvarn serve model.gguf                                    http://127.0.0.1:8080, and /v1/chat/completions there
+  kvarn serve model.gguf                                    http://127.0.0.1:8080/v1/chat/completions
   kvarn serve model.gguf --kv kvarn3 --ctx 131072 -- -np 4  four slots; what follows -- is llama-server's
   kvarn serve model.gguf --python                           llama-cpp-python's server (pip install 'kvarn[server]')
 """
@@ -63,6 +63,6 @@ def run(args: argparse.Namespace) -> int:
         return server.main()
     from .cli import execute
 
-    print(f"kvarn: http://{args.host}:{args.port}, cache {kvtype.label(*kvtype.parse(args.kv))}, {n_ctx} tokens", file=sys.stderr,
-          flush=True)
+    cache = kvtype.label(*kvtype.parse(args.kv))
+    print(f"kvarn: http://{args.host}:{args.port}/v1, cache {cache}, {n_ctx} tokens", file=sys.stderr, flush=True)
     return execute("llama-server", server_arguments(args, n_ctx))
