@@ -14,8 +14,9 @@
 //    +-------------- compact(), when cells run out: tiles with holes are rebuilt as fewer full ones --------+
 //
 // Every tile has one owner (a sequence, or a stream where each sequence has its own), so that what a sequence computes does not depend
-// on its neighbours. The first KVARN_SINK tokens of an owner, rounded up to tiles, keep their slot and are read from it: its sink. Which tail row a token goes to, which tiles a graph seals and where each tile is read from are entries of the
-// plan (kvarn-graph.h), an input: the graph itself never changes, and is reused as often as with any other cache.
+// on its neighbours. The first KVARN_SINK tokens of an owner, rounded up to tiles, keep their slot and are read from it: its sink.
+// Which tail row a token goes to, which tiles a graph seals and where each tile is read from are entries of the plan (kvarn-graph.h),
+// an input: the graph itself never changes, and is reused as often as with any other cache.
 
 #pragma once
 
