@@ -190,8 +190,9 @@ def test_completion_scripts_know_every_command(shell, capsys):
 def test_serve_speaks_both_servers_languages():
     args = cli.build_parser({"serve"}).parse_args(["serve", "m.gguf", "--kv", "kvarn", "--port", "81", "--threads", "3"])
     args.rest = ["-np", "4"]
-    assert serve.server_arguments(args, 4096) == ["-m", "m.gguf", "-c", "4096", "-ctk", "kvarn4", "-ctv", "kvarn2", "--host",
-                                                  "127.0.0.1", "--port", "81", "-fa", "on", "-t", "3", "-ngl", "999", "-np", "4"]
+    assert serve.server_arguments(args, 4096)[:16] == ["-m", "m.gguf", "-c", "4096", "-ctk", "kvarn4", "-ctv", "kvarn2", "--host",
+                                                  "127.0.0.1", "--port", "81", "-fa", "on", "-t", "3"]
+    assert serve.server_arguments(args, 4096)[-2:] == ["-np", "4"]
     assert serve.python_arguments(args, 4096)[:6] == ["--model", "m.gguf", "--n_ctx", "4096", "--kv_type", "kvarn"]
 
 
@@ -200,11 +201,11 @@ def test_serve_answers(tiny):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = subprocess.Popen([str(script("kvarn")), "serve", tiny(), "--kv", "kvarn2", "--ctx", "1024", "--port", str(port),
-                                "--threads", "1", "--", "--no-ui"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                "--threads", "1", "--", "-np", "1"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                stderr=subprocess.PIPE, text=True, errors="replace")
     try:
         said = process.stderr.readline()
-        assert said.startswith(f"kvarn: http://127.0.0.1:{port}/v1, cache kvarn2, 1024 tokens"), said
+        assert said.startswith(f"kvarn: http://127.0.0.1:{port}, cache kvarn2, 1024 tokens"), said
         threading.Thread(target=process.stderr.read, daemon=True).start()
         body = json.dumps({"prompt": "hello", "max_tokens": 4}).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})

@@ -1,7 +1,8 @@
 """kvarn serve: an OpenAI-compatible server, with cache types by name.
 
-Runs the bundled llama-server, which needs nothing else; with --python, llama-cpp-python's server. llama-server's web page is made
-with npm and not in this build; its API is. What comes after -- goes to that server as it is. SPDX-License-Identifier: MIT
+Runs the bundled llama-server, which needs nothing else; with --python, llama-cpp-python's server. llama-server's own web page is
+made with npm and not in this build: a small one of ours (web/index.html) takes its place. What comes after -- goes to that server as
+it is. SPDX-License-Identifier: MIT
 """
 
 import argparse
@@ -11,7 +12,7 @@ from pathlib import Path
 from . import kvtype
 
 EXAMPLE = """examples:
-  kvarn serve model.gguf                                    http://127.0.0.1:8080/v1/chat/completions
+  kvarn serve model.gguf                                    a chat page at http://127.0.0.1:8080, the API below /v1
   kvarn serve model.gguf --kv kvarn3 --ctx 131072 -- -np 4  four slots; what follows -- is llama-server's
   kvarn serve model.gguf --python                           llama-cpp-python's server (pip install 'kvarn[server]')
 """
@@ -35,7 +36,8 @@ def server_arguments(args: argparse.Namespace, n_ctx: int) -> "list[str]":
     words = ["-m", args.model, "-c", str(n_ctx), "-ctk", keys, "-ctv", values, "--host", args.host, "--port", str(args.port)]
     words += ["-fa", "on"] if kvtype.is_quantized(keys) or kvtype.is_quantized(values) else []
     words += ["-t", str(args.threads)] if args.threads else []
-    return words + ["-ngl", str(args.gpu_layers if args.gpu_layers >= 0 else 999), *args.rest]
+    return words + ["-ngl", str(args.gpu_layers if args.gpu_layers >= 0 else 999),
+                    "--path", str(Path(__file__).with_name("web")), *args.rest]
 
 
 def python_arguments(args: argparse.Namespace, n_ctx: int) -> "list[str]":
@@ -64,5 +66,5 @@ def run(args: argparse.Namespace) -> int:
     from .cli import execute
 
     cache = kvtype.label(*kvtype.parse(args.kv))
-    print(f"kvarn: http://{args.host}:{args.port}/v1, cache {cache}, {n_ctx} tokens", file=sys.stderr, flush=True)
+    print(f"kvarn: http://{args.host}:{args.port}, cache {cache}, {n_ctx} tokens", file=sys.stderr, flush=True)
     return execute("llama-server", server_arguments(args, n_ctx))
