@@ -331,7 +331,7 @@ static float soften(float max, float * s) {
         value_tile(&set, bits, D, n_q, tile, next, p, o);                                                          \
     }
 
-#define SET(name, set) { name, set##_score, score_rows, read_mask, mask, soften, set##_value, value_rows }
+#define SET(name, set) { name, set##_score, score_rows, read_mask, mask, soften, set##_value, value_rows, kvarn_seal_ref }
 
 BIND(neon,      dot_neon, 1, 0)
 BIND(neon_fast, dot_neon, 1, 1)

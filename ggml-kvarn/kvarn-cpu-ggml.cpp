@@ -18,6 +18,9 @@
 // query vectors attended at a time: enough that reading a tile is cheap, few enough that they and their outputs stay in the cache
 #define KVARN_ATTN_VECTORS 64
 
+// bytes of a cache line; a vector that crosses two takes twice as long
+#define KVARN_LINE 64
+
 // query rows of one task
 static int64_t kvarn_row_group(const ggml_tensor * attn, const kvarn_attn_shape & shape) {
     const ggml_tensor * q = attn->src[KVARN_SRC_Q];
@@ -45,11 +48,29 @@ static size_t kvarn_scratch(const ggml_tensor * node) {
 }
 
 size_t ggml_kvarn_work_size(const ggml_tensor * node, int n_tasks) {
-    return kvarn_scratch(node)*sizeof(float)*n_tasks;
+    return kvarn_scratch(node)*sizeof(float)*n_tasks + KVARN_LINE;
+}
+
+static const kvarn_cpu_kernels * kvarn_pick_kernels(const ggml_compute_params * params) {
+    if (params->use_ref) {
+        return kvarn_cpu_portable();
+    }
+    const char * name = getenv("KVARN_CPU");
+    if (const kvarn_cpu_kernels * kernels = kvarn_cpu_find(name)) {
+        return kernels;
+    }
+    const kvarn_cpu_kernels * best = kvarn_cpu_find(nullptr);
+    static std::once_flag once;
+    std::call_once(once, [&] {
+        GGML_LOG_WARN("kvarn: this processor has no kernels KVARN_CPU=%s; the ones used are %s\n", name, best->name);
+    });
+    return best;
 }
 
 static void kvarn_forward_seal(const ggml_compute_params * params, ggml_tensor * dst, const kvarn_shape & shape,
                                float * scratch) {
+    const kvarn_cpu_kernels * kernels = kvarn_pick_kernels(params);
+
     const ggml_tensor * tail = dst->src[0];
     const int64_t     * list = (const int64_t *) dst->src[1]->data + shape.n_rows;
 
@@ -69,9 +90,16 @@ static void kvarn_forward_seal(const ggml_compute_params * params, ggml_tensor *
             if (job % params->nth != params->ith) {
                 continue;
             }
-            kvarn_seal_rows(&shape,
-                    (const ggml_fp16_t *) ((const char *) tail->data + slot*KVARN_G*tail->nb[1]) + (int64_t) h*shape.D,
-                    (uint8_t *) dst->data + (tile*shape.H + h)*tile_size, scratch, ggml_cpu_fp16_to_fp32);
+            const ggml_fp16_t * rows = (const ggml_fp16_t *) ((const char *) tail->data + slot*KVARN_G*tail->nb[1]) + h*shape.D;
+            uint8_t           * out  = (uint8_t *) dst->data + (tile*shape.H + h)*tile_size;
+            if (shape.bits == KVARN_BITS_EXACT) {
+                kvarn_seal_rows(&shape, rows, out, scratch, ggml_cpu_fp16_to_fp32);
+                continue;
+            }
+            for (int t = 0; t < KVARN_G; ++t) {
+                ggml_cpu_fp16_to_fp32(rows + (int64_t) t*shape.D*shape.H, scratch + t*shape.D, shape.D);
+            }
+            kernels->seal(shape.side, shape.bits, shape.D, scratch, out, scratch + KVARN_G*shape.D);
         }
     }
 }
@@ -143,12 +171,31 @@ static float kvarn_slope(float max_bias, int64_t head, int64_t n_head) {
     return head < n ? powf(2.0f, -max_bias*(head + 1)/n) : powf(2.0f, -max_bias/2*(2*(head - n) + 1)/n);
 }
 
-// Query rows r0 .. r0 + n_rows - 1 of one KV head over one chunk of tiles.
-static void kvarn_attend_chunk(const kvarn_cpu_kernels * kernels, const ggml_tensor * dst, const kvarn_attn_shape & shape,
-                               int64_t s, int64_t h, int64_t c, int64_t r0, int64_t n_rows, float * scratch) {
-    const ggml_tensor * q     = dst->src[KVARN_SRC_Q];
-    const ggml_tensor * mask  = dst->src[KVARN_SRC_MASK];
-    const int64_t     * map   = (const int64_t *) dst->src[KVARN_SRC_PLAN]->data + shape.map_off + (shape.s0 + s)*shape.n_tiles;
+// What a thread attends at a time: query rows r0 .. r0 + n_rows - 1 of one KV head over one chunk of tiles.
+struct kvarn_task {
+    int64_t s, h, c, r0, n_rows;
+};
+
+static kvarn_task kvarn_find_task(const ggml_tensor * dst, const kvarn_attn_shape & shape, int64_t n_group, int64_t job) {
+    const int64_t n_rows   = dst->src[KVARN_SRC_Q]->ne[1];
+    const int64_t n_groups = (n_rows + n_group - 1)/n_group;
+    const int64_t r0       = job%n_groups*n_group;
+    job /= n_groups;
+    return { job/dst->ne[1]/shape.H, job/dst->ne[1]%shape.H, job%dst->ne[1], r0, std::min(n_group, n_rows - r0) };
+}
+
+static const int64_t * kvarn_find_map(const ggml_tensor * dst, const kvarn_attn_shape & shape, int64_t s) {
+    return (const int64_t *) dst->src[KVARN_SRC_PLAN]->data + shape.map_off + (shape.s0 + s)*shape.n_tiles;
+}
+
+// n_group query rows per task; the task that comes next is only guessed: its first tile is fetched while the last one is computed
+static void kvarn_attend_task(const ggml_compute_params * params, const kvarn_cpu_kernels * kernels, const ggml_tensor * dst,
+                              const kvarn_attn_shape & shape, const kvarn_task & task, int64_t n_group, int64_t n_jobs,
+                              float * scratch) {
+    const ggml_tensor * q    = dst->src[KVARN_SRC_Q];
+    const ggml_tensor * mask = dst->src[KVARN_SRC_MASK];
+    const int64_t     * map  = kvarn_find_map(dst, shape, task.s);
+    const int64_t s = task.s, h = task.h, c = task.c, r0 = task.r0, n_rows = task.n_rows;
 
     const int64_t n_head = q->ne[2];
     const int64_t n_gqa  = n_head/shape.H;
@@ -185,9 +232,20 @@ static void kvarn_attend_chunk(const kvarn_cpu_kernels * kernels, const ggml_ten
         const kvarn_cpu_source k = kvarn_find_source(dst, shape, KVARN_KEY,   map[i], s, i, h);
         const kvarn_cpu_source v = kvarn_find_source(dst, shape, KVARN_VALUE, map[i], s, i, h);
 
-        const bool has_next = i + 1 < last && map[i + 1] == KVARN_MAP_SEALED;
-        const uint8_t * next_k = has_next ? kvarn_find_source(dst, shape, KVARN_KEY,   map[i + 1], s, i + 1, h).tile : nullptr;
-        const uint8_t * next_v = has_next ? kvarn_find_source(dst, shape, KVARN_VALUE, map[i + 1], s, i + 1, h).tile : nullptr;
+        kvarn_task next = task;
+        int64_t next_i  = i + 1;
+        bool has_next   = next_i < last;
+        if (!has_next) {
+            const int64_t job = ggml_threadpool_chunk_add(params->threadpool, 0);
+            has_next = job < n_jobs;
+            next     = kvarn_find_task(dst, shape, n_group, job);
+            next_i   = next.c*shape.chunk;
+        }
+        const uint8_t * next_k = nullptr, * next_v = nullptr;
+        if (has_next && kvarn_find_map(dst, shape, next.s)[next_i] == KVARN_MAP_SEALED) {
+            next_k = kvarn_find_source(dst, shape, KVARN_KEY,   KVARN_MAP_SEALED, next.s, next_i, next.h).tile;
+            next_v = kvarn_find_source(dst, shape, KVARN_VALUE, KVARN_MAP_SEALED, next.s, next_i, next.h).tile;
+        }
 
         const char * seen = (const char *) mask->data + r0*mask->nb[1] + s%mask->ne[3]*mask->nb[3];
         kvarn_cpu_add(kernels, &state, &k, &v, next_k, next_v,
@@ -203,40 +261,21 @@ static void kvarn_attend_chunk(const kvarn_cpu_kernels * kernels, const ggml_ten
     }
 }
 
-static const kvarn_cpu_kernels * kvarn_pick_kernels() {
-    const char * name = getenv("KVARN_CPU");
-    if (const kvarn_cpu_kernels * kernels = kvarn_cpu_find(name)) {
-        return kernels;
-    }
-    const kvarn_cpu_kernels * best = kvarn_cpu_find(nullptr);
-    static std::once_flag once;
-    std::call_once(once, [&] {
-        GGML_LOG_WARN("kvarn: this processor has no kernels KVARN_CPU=%s; the ones used are %s\n", name, best->name);
-    });
-    return best;
-}
-
 static void kvarn_forward_attn(const ggml_compute_params * params, ggml_tensor * dst, float * scratch) {
     const kvarn_attn_shape shape = ggml_kvarn_get_attn_shape(dst);
 
-    const kvarn_cpu_kernels * kernels = params->use_ref ? kvarn_cpu_portable() : kvarn_pick_kernels();
+    const kvarn_cpu_kernels * kernels = kvarn_pick_kernels(params);
 
     const int64_t n_rows   = dst->src[KVARN_SRC_Q]->ne[1];
     const int64_t n_group  = kvarn_row_group(dst, shape);
-    const int64_t n_groups = (n_rows + n_group - 1)/n_group;
-    const int64_t n_chunks = dst->ne[1];
-    const int64_t n_jobs   = n_groups*n_chunks*shape.H*dst->ne[3];
+    const int64_t n_jobs   = (n_rows + n_group - 1)/n_group*dst->ne[1]*shape.H*dst->ne[3];
     // whoever is free takes the next one: tiles that nobody sees cost nothing, and cores are not equally fast
     if (params->ith == 0) {
         ggml_threadpool_chunk_set(params->threadpool, params->nth);
     }
     ggml_barrier(params->threadpool);
     for (int64_t job = params->ith; job < n_jobs; job = ggml_threadpool_chunk_add(params->threadpool, 1)) {
-        const int64_t r0 = job%n_groups*n_group;
-        const int64_t c  = job/n_groups%n_chunks;
-        const int64_t h  = job/n_groups/n_chunks%shape.H;
-        const int64_t s  = job/n_groups/n_chunks/shape.H;
-        kvarn_attend_chunk(kernels, dst, shape, s, h, c, r0, std::min(n_group, n_rows - r0), scratch);
+        kvarn_attend_task(params, kernels, dst, shape, kvarn_find_task(dst, shape, n_group, job), n_group, n_jobs, scratch);
     }
 }
 
@@ -278,7 +317,7 @@ static void kvarn_forward_reduce(const ggml_compute_params * params, ggml_tensor
 }
 
 void ggml_compute_forward_kvarn(const ggml_compute_params * params, ggml_tensor * dst) {
-    float * scratch = (float *) params->wdata + kvarn_scratch(dst)*params->ith;
+    float * scratch = (float *) GGML_PAD((uintptr_t) params->wdata, KVARN_LINE) + kvarn_scratch(dst)*params->ith;
 
     switch (ggml_kvarn_get_op(dst)) {
         case KVARN_OP_SEAL:   kvarn_forward_seal  (params, dst, ggml_kvarn_get_shape(dst), scratch); break;

@@ -104,7 +104,7 @@ static float soften(float max, float * s) {
 
 const struct kvarn_cpu_kernels * kvarn_cpu_portable(void) {
     static const struct kvarn_cpu_kernels kernels = {
-        "portable", score_tile, score_rows, read_mask, mask, soften, value_tile, value_rows,
+        "portable", score_tile, score_rows, read_mask, mask, soften, value_tile, value_rows, kvarn_seal_ref,
     };
     return &kernels;
 }
@@ -134,14 +134,15 @@ int64_t kvarn_cpu_state_size(int DK, int DV, int n_rows, int n_gqa) {
 
 void kvarn_cpu_start(struct kvarn_cpu_state * state, float * memory) {
     const int64_t n_q = (int64_t) state->n_rows*state->n_gqa;
-    state->q       = memory;
-    state->out     = state->q     + n_q*state->D[KVARN_KEY];
-    state->p       = state->out   + n_q*state->D[KVARN_VALUE];
-    state->mask    = state->p     + n_q*G;
-    state->max     = state->mask  + (int64_t) state->n_rows*G;
-    state->sum     = state->max   + n_q;
-    state->slope   = state->sum   + n_q;
-    state->scratch = state->slope + state->n_gqa;
+    const int D = state->D[KVARN_KEY] > state->D[KVARN_VALUE] ? state->D[KVARN_KEY] : state->D[KVARN_VALUE];
+    state->q       = memory;                // the large ones first: where memory lies on a cache line, so do they
+    state->out     = state->q       + n_q*state->D[KVARN_KEY];
+    state->p       = state->out     + n_q*state->D[KVARN_VALUE];
+    state->mask    = state->p       + n_q*G;
+    state->scratch = state->mask    + (int64_t) state->n_rows*G;
+    state->max     = state->scratch + kvarn_cpu_scratch(D);
+    state->sum     = state->max     + n_q;
+    state->slope   = state->sum     + n_q;
     for (int64_t j = 0; j < n_q; ++j) {
         state->max[j] = -INFINITY;
         state->sum[j] = 0.0f;

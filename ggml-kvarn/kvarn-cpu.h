@@ -43,6 +43,9 @@ struct kvarn_cpu_kernels {
                        float * scratch);
     void (*value_rows)(int D, int n_q, int t0, int t1, const uint16_t * rows, int64_t stride, const float * p, float * o,
                        float * scratch);
+
+    // kvarn_seal_ref, or a faster way to the same bytes
+    void (*seal)(int side, int bits, int D, const float * x, uint8_t * tile, float * scratch);
 };
 
 // The kernels by the name in KVARN_CPU (the environment), or the best of this processor where it is not set:
@@ -77,7 +80,7 @@ struct kvarn_cpu_state {
     float * max, * sum;    // [n_q]
     float * out;           // [n_q][D[1]]
     float * p, * mask;     // [n_q][G], [n_rows][G]
-    float * scratch;
+    float * scratch;       // kvarn_cpu_scratch() of the larger D
 };
 
 // floats of memory that kvarn_cpu_start shares out among the state's pointers

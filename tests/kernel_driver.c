@@ -4,7 +4,7 @@
 // SPDX-License-Identifier: MIT
 //
 //   find   NAME                                    -> one line: the name of the kernels that kvarn_cpu_find() gives, or none
-//   seal   SIDE BITS D                  x          -> tile
+//   seal   SIDE BITS D                  x          -> tile, the same from kvarn_seal_ref and from every set of kernels
 //   unseal SIDE BITS D                  tile       -> x
 //   attend NAME BITS_K BITS_V DK DV ROWS GQA TILES SOFTCAP(f32 bits)
 //          q slope mask, per tile: a byte (1 sealed, 0 rows), keys, values -> out/sum
@@ -155,16 +155,35 @@ static void attend(const struct request * r, struct job * job) {
     drop(memory);
 }
 
+static void seal(const struct request * r, struct job * job) {
+    static const char * const names[] = { "avx2", "avx512", "neon", "dotprod", "i8mm" };
+    const int * a = r->args;
+    float * scratch = block((size_t) kvarn_seal_scratch(a[2])*sizeof(float));
+    job->size   = (size_t) kvarn_tile_size(a[2], a[1]);
+    job->answer = block(job->size);
+    kvarn_seal_ref(a[0], a[1], a[2], r->q, job->answer, scratch);
+    uint8_t * other = block(job->size);
+    for (int i = 0; i < (int) (sizeof(names)/sizeof(names[0])); ++i) {
+        const struct kvarn_cpu_kernels * kernels = kvarn_cpu_find(names[i]);
+        if (!kernels || kernels->seal == kvarn_seal_ref) {
+            continue;
+        }
+        memset(other, 0xaa, job->size);
+        kernels->seal(a[0], a[1], a[2], r->q, other, scratch);
+        if (memcmp(other, job->answer, job->size) != 0) {
+            fail("a set of kernels does not seal to the bytes of kvarn_seal_ref");
+        }
+    }
+    drop(other);
+    drop(scratch);
+}
+
 static void * answer(void * p) {
     struct job * job = p;
     const struct request * r = job->request;
     const int * a = r->args;
     if (strcmp(r->what, "seal") == 0) {
-        float * scratch = block((size_t) kvarn_seal_scratch(a[2])*sizeof(float));
-        job->size   = (size_t) kvarn_tile_size(a[2], a[1]);
-        job->answer = block(job->size);
-        kvarn_seal_ref(a[0], a[1], a[2], r->q, job->answer, scratch);
-        drop(scratch);
+        seal(r, job);
     } else if (strcmp(r->what, "unseal") == 0) {
         job->size   = (size_t) (G*a[2])*sizeof(float);
         job->answer = block(job->size);
