@@ -1,4 +1,4 @@
-// kvarn-attn-d128.cu - attention for heads of 128 channels.
+// kvarn-attn-d128.cu - attention for heads of 128 channels, up to 8 query vectors a block.
 //
 // SPDX-License-Identifier: MIT
 
@@ -6,6 +6,6 @@
 
 #include "kvarn-attn.cuh"
 
-cudaError_t kvarn_attn_d128(const kvarn_attn_args & a, cudaStream_t stream) { return kvarn_attn_start_any<128>(a, stream); }
+cudaError_t kvarn_attn_d128(const kvarn_attn_args & a, cudaStream_t stream) { return kvarn_attn_start_any<128, 2>(a, stream); }
 
 #endif

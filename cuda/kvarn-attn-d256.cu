@@ -1,4 +1,4 @@
-// kvarn-attn-d256.cu - attention for heads of 256 channels.
+// kvarn-attn-d256.cu - attention for heads of 256 channels, up to 8 query vectors a block.
 //
 // SPDX-License-Identifier: MIT
 
@@ -6,6 +6,6 @@
 
 #include "kvarn-attn.cuh"
 
-cudaError_t kvarn_attn_d256(const kvarn_attn_args & a, cudaStream_t stream) { return kvarn_attn_start_any<256>(a, stream); }
+cudaError_t kvarn_attn_d256(const kvarn_attn_args & a, cudaStream_t stream) { return kvarn_attn_start_any<256, 2>(a, stream); }
 
 #endif

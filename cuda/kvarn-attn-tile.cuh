@@ -1,121 +1,105 @@
 // kvarn-attn-tile.cuh - what a warp does with one tile: scores, softmax, sums of values; from codes and from f16 rows.
 //
 // SPDX-License-Identifier: MIT
+//
+// A lane has NC query vectors: one (up to 4 in all), or two (up to 8). Codes are multiplied as int8; an operand of 16 bits takes
+// two columns of a matrix instruction, its high and its low part, which meet in one lane: columns 2i and 2i + 1 of block c are
+// vector NC*i + c. Rows of f16 take a column per vector, or two equal ones where there are only 4.
 
 #pragma once
 
-#include "kvarn-cuda.h"
 #include "kvarn-load.cuh"
 
-#define KVARN_COLUMNS 8
+#define KVARN_LOG2E 1.44269504f
 
-// where in shared memory
-struct kvarn_attn_layout {
-    int n_mask;    // mask rows that 8 columns see
-    int barriers, masks, tiles, factors;
-    int mask_size, tile_size;
-    int total;
-};
-
-static __host__ __device__ __forceinline__ kvarn_attn_layout kvarn_attn_lay_out(int D, int bits_k, int bits_v, int n_gqa, int n_q,
-                                                                                 int n_warps, int n_stages) {
-    kvarn_attn_layout l;
-    const int columns = n_q < KVARN_COLUMNS ? n_q : KVARN_COLUMNS;
-    l.n_mask    = n_gqa % KVARN_COLUMNS == 0 ? 1 : (columns - 1)/n_gqa + 1 + (n_gqa < n_q && KVARN_COLUMNS % n_gqa != 0);
-    l.barriers  = D/16*256;
-    l.masks     = l.barriers + n_warps*n_stages*16;
-    l.mask_size = 16 + l.n_mask*KVARN_G*2;
-    l.tiles     = (l.masks + n_warps*n_stages*l.mask_size + 127)/128*128;
-    l.tile_size = (bits_k ? kvarn_tile_size(D, bits_k) : 0) + (bits_v ? kvarn_tile_size(D, bits_v) : 0);
-    const int merge = n_warps*KVARN_COLUMNS*(D + 2)*4;
-    const int tiles = n_warps*n_stages*l.tile_size;
-    l.factors   = l.tiles + (merge > tiles ? merge : tiles);
-    l.total     = l.factors + KVARN_COLUMNS*4;
-    return l;
-}
-
-static __device__ __forceinline__ float kvarn_slope(float max_bias, int head, int n_head) {
-    if (max_bias <= 0.0f) {
-        return 1.0f;
-    }
-    const int n = 1 << (31 - __clz(n_head)); // heads beyond a power of two lie between the others
-    return head < n ? exp2f(-max_bias*(head + 1)/n) : exp2f(-max_bias/2*(2*(head - n) + 1)/n);
-}
-
-// The online softmax of two columns and what it has summed up: n half tiles of channels.
-template <int N>
+// The online softmax of a lane's columns and what it has summed up: N half tiles of channels.
+template <int N, int NC>
 struct kvarn_sums {
-    float max[2], sum[2];
-    float out[N][2];
+    float max[NC], sum[NC];
+    float out[N][NC];
 
     __device__ __forceinline__ void clear() {
-        max[0] = max[1] = -1e30f;
-        sum[0] = sum[1] = 0.0f;
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-            out[n][0] = out[n][1] = 0.0f;
+        for (int c = 0; c < NC; ++c) {
+            max[c] = -1e30f;
+            sum[c] = 0.0f;
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                out[n][c] = 0.0f;
+            }
         }
     }
 
     // makes room for a tile with these maxima: what is summed so far is scaled down; weight is what the tile's sums are
     // multiplied with
-    __device__ __forceinline__ void raise(const float (&tile_max)[2], float (&weight)[2]) {
-        float shrink[2];
+    __device__ __forceinline__ void raise(const float (&tile_max)[NC], const float (&tile_sum)[NC], float (&weight)[NC]) {
+        float shrink[NC];
+        bool  is_raised = false;
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
+        for (int c = 0; c < NC; ++c) {
             const float now = fmaxf(max[c], tile_max[c]);
             shrink[c] = kvarn_exp2(max[c] - now);
             weight[c] = kvarn_exp2(tile_max[c] - now);
+            is_raised |= now != max[c];
             max[c]    = now;
-            sum[c]   *= shrink[c];
+            sum[c]    = fmaf(sum[c], shrink[c], weight[c]*tile_sum[c]);
         }
-        if (__any_sync(0xffffffff, shrink[0] != 1.0f || shrink[1] != 1.0f)) {
+        if (__any_sync(0xffffffff, is_raised)) {
 #pragma unroll
             for (int n = 0; n < N; ++n) {
-                out[n][0] *= shrink[0];
-                out[n][1] *= shrink[1];
+#pragma unroll
+                for (int c = 0; c < NC; ++c) {
+                    out[n][c] *= shrink[c];
+                }
             }
         }
     }
 };
 
-// what a lane knows about its two columns
+// what a lane knows about its columns
+template <int NC>
 struct kvarn_columns {
-    float factor[2]; // power of two that was taken out of q
-    float slope [2]; // of the mask, in units of log2
-    float softcap;   // 0: none; times log2(e)
-    int   mask_row[2];
+    float factor[NC]; // power of two that was taken out of q
+    float slope [NC]; // of the mask, in units of log2
+    int   mask_row[NC];
+    float softcap;    // 0: none; times log2(e)
 };
 
 // softcap, in units of log2
-template <int N>
-static __device__ __forceinline__ void kvarn_cap_scores(float (&s)[N][2], const kvarn_columns & col) {
+template <int N, int NC>
+static __device__ __forceinline__ void kvarn_cap_scores(float (&s)[N][NC], const kvarn_columns<NC> & col) {
     if (col.softcap > 0.0f) {
 #pragma unroll
         for (int n = 0; n < N; ++n) {
-            s[n][0] = col.softcap*tanhf(s[n][0]);
-            s[n][1] = col.softcap*tanhf(s[n][1]);
+#pragma unroll
+            for (int c = 0; c < NC; ++c) {
+                s[n][c] = col.softcap*tanhf(s[n][c]);
+            }
         }
     }
 }
 
-// mask values of N half tiles, for column c
-template <int N>
-static __device__ __forceinline__ void kvarn_mask_scores(float (&s)[N][2], const half * mask, int c, const kvarn_columns & col,
-        int g) {
+// adds mask values of N half tiles. mask: of the first token; row: from one mask row to the next
+template <int N, int NC>
+static __device__ __forceinline__ void kvarn_mask_scores(float (&s)[N][NC], const half * mask, int64_t row,
+        const kvarn_columns<NC> & col, int g) {
 #pragma unroll
-    for (int n = 0; n < N; n += 2) {
-        const float2 m = kvarn_unpack(*(const uint32_t *) (mask + 8*n + 2*g));
-        s[n    ][c] = fmaf(col.slope[c], m.x, s[n    ][c]);
-        s[n + 1][c] = fmaf(col.slope[c], m.y, s[n + 1][c]);
+    for (int c = 0; c < NC; ++c) {
+        const half * at = mask + col.mask_row[c]*row;
+#pragma unroll
+        for (int n = 0; n < N; n += 2) {
+            const float2 m = kvarn_unpack(*(const uint32_t *) (at + 8*n + 2*g));
+            s[n    ][c] = fmaf(col.slope[c], m.x, s[n    ][c]);
+            s[n + 1][c] = fmaf(col.slope[c], m.y, s[n + 1][c]);
+        }
     }
 }
 
-// Softmax of N half tiles of scores: p in place of s, the tile's maxima and this lane's share of the sums.
-template <int N>
-static __device__ __forceinline__ void kvarn_soften(float (&s)[N][2], float (&tile_max)[2], float (&sum)[2]) {
+// Softmax of N half tiles of scores: p in place of s, relative to twice the largest, so that no p is above 1/2.
+template <int N, int NC>
+static __device__ __forceinline__ void kvarn_soften(float (&s)[N][NC], float (&tile_max)[NC], float (&sum)[NC]) {
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
+    for (int c = 0; c < NC; ++c) {
         float m = s[0][c];
 #pragma unroll
         for (int n = 1; n < N; ++n) {
@@ -124,51 +108,79 @@ static __device__ __forceinline__ void kvarn_soften(float (&s)[N][2], float (&ti
         m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 4));
         m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 8));
         m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, 16));
-        tile_max[c] = fmaxf(m, -1e30f);
-        sum[c] = 0.0f;
+        tile_max[c] = fmaxf(m, -1e30f) + 1.0f;
+        float even = 0.0f, odd = 0.0f;
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-            s[n][c] = kvarn_exp2(s[n][c] - tile_max[c]);
-            sum[c] += s[n][c];
+        for (int n = 0; n < N; n += 2) {
+            s[n    ][c] = kvarn_exp2(s[n    ][c] - tile_max[c]);
+            s[n + 1][c] = kvarn_exp2(s[n + 1][c] - tile_max[c]);
+            even += s[n    ][c];
+            odd  += s[n + 1][c];
         }
+        sum[c] = even + odd;
     }
 }
 
 // --- f16 rows ---
 
+// channels 8*j .. of lane i's share of a query vector: quarters where keys are tiles, so that codes lie in different banks;
+// neighbours where they are rows
+template <int D, bool is_tile>
+static __device__ __forceinline__ constexpr int kvarn_channel(int j, int i) { return is_tile ? i*(D/4) + 8*j : 32*j + 8*i; }
+
 // scores of the 16*NB tokens from token on: s[2*b + j] is half tile j of the 16 tokens b
-template <int D, int NB>
-static __device__ __forceinline__ void kvarn_score_rows(float (&s)[2*NB][2], const half * rows, int64_t stride, const uint2 * qf,
-        int lane) {
+//   is_tile  as kvarn_channel has it
+template <int D, int NB, int NC, bool is_tile>
+static __device__ __forceinline__ void kvarn_score_rows(float (&s)[2*NB][NC], const half * rows, int64_t stride, const uint4 * qf,
+        const kvarn_columns<NC> & col, int lane) {
     const int g = lane/4, i = lane%4;
     static_assert(NB % 2 == 0, "an operand holds two half tiles");
-#pragma unroll 4
-    for (int ks = 0; ks < D/16; ++ks) {
-        const uint2 q = qf[ks*32 + lane];
+    float acc[2*NB][2];
+#pragma unroll
+    for (int n = 0; n < 2*NB; ++n) {
+        acc[n][0] = acc[n][1] = 0.0f;
+    }
+#pragma unroll 2
+    for (int j = 0; j < D/32; ++j) {
+        const uint4 q = qf[j*4*4*NC + (NC == 1 ? g/2 : g)*4 + i];
 #pragma unroll
         for (int b = 0; b < NB; b += 2) {
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const half * p = rows + (16*b + 2*g + j)*stride + 16*ks + 4*i;
-                const uint2 x = kvarn_even_odd(*(const uint2 *) p);
-                const uint2 y = kvarn_even_odd(*(const uint2 *) (p + 16*stride));
-                float (&l)[2] = s[2*b + j], (&h)[2] = s[2*b + 2 + j];
+            for (int e = 0; e < 2; ++e) {
+                const half * p = rows + (16*b + 2*g + e)*stride + kvarn_channel<D, is_tile>(j, i);
+                const uint4 x = *(const uint4 *) p;
+                const uint4 y = *(const uint4 *) (p + 16*stride);
+                float (&l)[2] = acc[2*b + e], (&h)[2] = acc[2*b + 2 + e];
                 kvarn_mma(l[0], l[1], h[0], h[1], x.x, y.x, x.y, y.y, q.x, q.y);
+                kvarn_mma(l[0], l[1], h[0], h[1], x.z, y.z, x.w, y.w, q.z, q.w);
             }
         }
     }
+#pragma unroll
+    for (int n = 0; n < 2*NB; ++n) {
+#pragma unroll
+        for (int c = 0; c < NC; ++c) {
+            s[n][c] = acc[n][c]*col.factor[c];
+        }
+    }
+}
+
+// p of half tiles n and n + 1 as the operand pair of 16 tokens
+template <int N, int NC>
+static __device__ __forceinline__ uint2 kvarn_pack_p(const float (&p)[N][NC], int n) {
+    return make_uint2(kvarn_transpose(kvarn_pack(p[n    ][0], p[n    ][NC - 1])),
+                      kvarn_transpose(kvarn_pack(p[n + 1][0], p[n + 1][NC - 1])));
 }
 
 // out += weight * (p of 16 tokens) x rows. A lane loads channels of token g; transposed, these are operands with channels as
 // rows.
 //   bits  of the layout of half tiles
-template <int bits, int D>
-static __device__ __forceinline__ void kvarn_add_rows(float (&out)[D/8][2], const float (&weight)[2], const half * rows,
-        int64_t stride,
-                                                      uint32_t b0, uint32_t b1, int lane) {
-    using C = kvarn_codes<bits, D>;
+template <int bits, int D, int NC>
+static __device__ __forceinline__ void kvarn_add_rows(float (&out)[D/8][NC], const float (&weight)[NC], const half * rows,
+        int64_t stride, uint2 b, int lane) {
+    using C = kvarn_values<bits, D, NC>;
     const int g = lane/4, i = lane%4;
-    // row m of the first matrix is token 4*(m/2) + 2*(m%2), of the second the next one: the order of b0 and b1
+    // row m of the first matrix is token 4*(m/2) + 2*(m%2), of the second the next one: the order of b
     const half * p = rows + (4*(g/2) + 2*(g%2))*stride;
 #pragma unroll
     for (int n = 0; n < D/8; n += 2) {
@@ -186,103 +198,213 @@ static __device__ __forceinline__ void kvarn_add_rows(float (&out)[D/8][2], cons
             a[2] = *(const uint32_t *) (p + stride + 8*n + 2*i);
             a[3] = *(const uint32_t *) (p + stride + 8*n + 8 + 2*i);
         }
-        float c0 = 0.0f, c1 = 0.0f, c2 = 0.0f, c3 = 0.0f;
-        kvarn_mma(c0, c1, c2, c3, kvarn_transpose(a[0]), kvarn_transpose(a[1]), kvarn_transpose(a[2]), kvarn_transpose(a[3]), b0,
-                b1);
-        out[n    ][0] = fmaf(weight[0], c0, out[n    ][0]);
-        out[n    ][1] = fmaf(weight[1], c1, out[n    ][1]);
-        out[n + 1][0] = fmaf(weight[0], c2, out[n + 1][0]);
-        out[n + 1][1] = fmaf(weight[1], c3, out[n + 1][1]);
+        float l[2] = { 0.0f, 0.0f }, h[2] = { 0.0f, 0.0f };
+        kvarn_mma(l[0], l[1], h[0], h[1], kvarn_transpose(a[0]), kvarn_transpose(a[1]), kvarn_transpose(a[2]),
+                kvarn_transpose(a[3]), b.x, b.y);
+#pragma unroll
+        for (int c = 0; c < NC; ++c) {
+            out[n    ][c] = fmaf(weight[c], l[c], out[n    ][c]);
+            out[n + 1][c] = fmaf(weight[c], h[c], out[n + 1][c]);
+        }
     }
 }
 
 // --- tiles ---
 
-// scores of one tile of keys in shared memory, token scales included
-template <int bits, int D>
-static __device__ __forceinline__ void kvarn_score_tile(float (&s)[16][2], const uint8_t * tile, const uint2 * qf,
-        const kvarn_columns & col,
-                                                        int lane) {
+// Scores of one tile of keys in shared memory, token scales included.
+//   q' = q*scale = (high + low/128)/inv      both parts are integers, exact in f16
+template <int bits, int D, int NC>
+static __device__ __forceinline__ void kvarn_score_tile(float (&s)[16][NC], const uint8_t * tile, const uint4 * qf,
+        const kvarn_columns<NC> & col, int lane) {
     using C = kvarn_codes<bits, KVARN_G>;
     static_assert(C::wide, "128 tokens");
+    const int quarter = kvarn_codes_size(D, bits)/4 + KVARN_PAD;
     const int g = lane/4, i = lane%4;
-    float z[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+    const uint8_t * scales = tile + 3*KVARN_PAD + kvarn_scale_off(D, bits) + 2*kvarn_channel<D, true>(0, i);
+
+    float    z[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+    uint32_t b[NC][D/16];
+    float    unit[NC];
 #pragma unroll
-    for (int n = 0; n < 16; ++n) {
-        s[n][0] = s[n][1] = 0.0f;
-    }
-#pragma unroll 2
-    for (int ks = 0; ks < D/16; ++ks) {
-        const uint2 q     = qf[ks*32 + lane];
-        const uint2 scale = kvarn_even_odd(*(const uint2 *) (tile + kvarn_scale_off(D, bits) + 2*(16*ks + 4*i)));
-        const uint2 zero  = kvarn_even_odd(*(const uint2 *) (tile + kvarn_zero_off (D, bits) + 2*(16*ks + 4*i)));
-        kvarn_mma(z[0], z[1], z[2], z[3], zero.x, zero.x, zero.y, zero.y, q.x, q.y);
-        const uint32_t b0 = kvarn_mul2(q.x, scale.x);
-        const uint32_t b1 = kvarn_mul2(q.y, scale.y);
+    for (int c = 0; c < NC; ++c) {
+        uint32_t x[D/8], max = 0;
 #pragma unroll
-        for (int u = 0; u < C::n_u; ++u) {
-            kvarn_mma_codes<bits, KVARN_G>(s, u, 0, tile, ks, b0, b1, g, i);
+        for (int j = 0; j < D/32; ++j) {
+            const uint4 q     = qf[j*16*NC + (NC*(g/2) + c)*4 + i];
+            const uint4 scale = *(const uint4 *) (scales + 16*j);
+            if (c == 0) {
+                const uint4 zero = *(const uint4 *) (scales + 16*j + 2*D);
+                const uint4 r    = NC == 1 ? q : qf[j*16*NC + lane];
+                kvarn_mma(z[0], z[1], z[2], z[3], zero.x, zero.x, zero.y, zero.y, r.x, r.y);
+                kvarn_mma(z[0], z[1], z[2], z[3], zero.z, zero.z, zero.w, zero.w, r.z, r.w);
+            }
+            x[4*j    ] = kvarn_mul2(q.x, scale.x);
+            x[4*j + 1] = kvarn_mul2(q.y, scale.y);
+            x[4*j + 2] = kvarn_mul2(q.z, scale.z);
+            x[4*j + 3] = kvarn_mul2(q.w, scale.w);
+            max = kvarn_max_abs2(kvarn_max_abs2(max, x[4*j]),     x[4*j + 1]);
+            max = kvarn_max_abs2(kvarn_max_abs2(max, x[4*j + 2]), x[4*j + 3]);
+        }
+        max = kvarn_max_abs2(max, __shfl_xor_sync(0xffffffff, max, 1));
+        max = kvarn_max_abs2(max, __shfl_xor_sync(0xffffffff, max, 2));
+        const float2   two  = kvarn_unpack(max);
+        const float    most = 126.0f/fmaxf(fmaxf(two.x, two.y), 126.0f/32768.0f);
+        const uint32_t inv  = kvarn_pack(most, most);
+        // this lane prepares vector NC*(g/2) + c, its scores will be those of NC*i + c
+        unit[c] = col.factor[c]/(128.0f*kvarn_unpack(__shfl_sync(0xffffffff, inv, 8*i)).x);
+
+        // lanes of high parts keep h, those of low parts take what is left, 128 times; the same instructions for both
+        const uint32_t one = g % 2 ? inv ^ 0x80008000 : inv, left = g % 2 ? inv : 0, times = g % 2 ? 0x58005800 : 0x3c003c00;
+#pragma unroll
+        for (int n = 0; n < D/8; n += 2) {
+            uint32_t y[2];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const uint32_t h = kvarn_add2(kvarn_fma2(x[n + e], one, 0x66006600), 0xe600e600); // 1536, -1536: an integer
+                y[e] = kvarn_fma2(kvarn_fma2(x[n + e], left, h), times, 0x66006600);
+            }
+            b[c][n/2] = __byte_perm(y[0], y[1], 0x6420);
         }
     }
+
+    int acc[NC][16][2];
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-        z[c] *= col.factor[c];
+    for (int c = 0; c < NC; ++c) {
+#pragma unroll
+        for (int n = 0; n < 16; ++n) {
+            acc[c][n][0] = acc[c][n][1] = 0;
+        }
+    }
+    const uint8_t * row = tile + i*quarter;
+#pragma unroll
+    for (int k = 0; k < D/16; k += 2) {
+        uint32_t bk[NC][2];
+#pragma unroll
+        for (int c = 0; c < NC; ++c) {
+            bk[c][0] = b[c][k];
+            bk[c][1] = b[c][k + 1];
+        }
+#pragma unroll
+        for (int u = 0; u < C::n_u; ++u) {
+            kvarn_mma_codes<true, C>(acc, u, row + k*C::row, bk, g);
+        }
+    }
+    const uint8_t * tokens = tile + 3*KVARN_PAD + kvarn_token_off(D, bits) + 4*g;
+#pragma unroll
+    for (int n = 0; n < 16; n += 2) {
+        const float2 token = kvarn_unpack(*(const uint32_t *) (tokens + 16*n));
+#pragma unroll
+        for (int c = 0; c < NC; ++c) {
+            const float zero = z[NC == 1 ? 0 : c]*col.factor[c];
+            s[n    ][c] = fmaf((float) (acc[c][n    ][0]*128 + acc[c][n    ][1]), C::unit(n)*unit[c], zero)*token.x;
+            s[n + 1][c] = fmaf((float) (acc[c][n + 1][0]*128 + acc[c][n + 1][1]), C::unit(n)*unit[c], zero)*token.y;
+        }
+    }
+}
+
+// out += weight * p x one tile of values in shared memory. p times the token scales is an integer in units of 2^-16, its bytes
+// are two columns.
+//   p_words  room of this warp for p on its way between lanes
+template <int bits, int D, int NC>
+static __device__ __forceinline__ void kvarn_add_tile(float (&out)[D/8][NC], const float (&weight)[NC], const uint8_t * tile,
+        float (&p)[16][NC], uint32_t * p_words, int lane) {
+    using C = kvarn_values<bits, D, NC>;
+    const int quarter = kvarn_codes_size(D, bits)/4 + KVARN_PAD;
+    constexpr int n_half  = C::slots*C::step;                       // half tiles of one u
+    constexpr int n_u     = n_half < 8 && C::n_u % 2 == 0 ? 2 : 1;  // word groups at once: independent sums hide the latency
+    const int g = lane/4, i = lane%4;
+    const uint8_t * meta   = tile + 3*KVARN_PAD;
+    const uint8_t * tokens = meta + kvarn_token_off(D, bits);
+
+    // p is at most 1/2, and token scales are at most 1 in all but tiles of very large values
+    float up = 1.0f/65536.0f;
+    const uint2 some = *(const uint2 *) (tokens + 8*lane);
+    if (__any_sync(0xffffffff, ((some.x + 0x03ff03ff) | (some.y + 0x03ff03ff)) & 0x40004000)) {
+        uint32_t max = kvarn_max_abs2(some.x, some.y);
+        for (int o = 16; o > 0; o /= 2) {
+            max = kvarn_max_abs2(max, __shfl_xor_sync(0xffffffff, max, o));
+        }
+        const float2 two  = kvarn_unpack(max);
+        const float  most = __uint_as_float((__float_as_uint(fmaxf(two.x, two.y)) & 0x7f800000) + 0x00800000);
+        up *= most;
+#pragma unroll
+        for (int n = 0; n < 16; ++n) {
+#pragma unroll
+            for (int c = 0; c < NC; ++c) {
+                p[n][c] *= 1.0f/most;
+            }
+        }
+    }
+
+    // integers to bytes, bytes of four tokens to one lane, tokens of a quarter to one lane
+    uint32_t pairs[8];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+        pairs[n] = *(const uint32_t *) (tokens + 32*n + 4*g);
     }
 #pragma unroll
     for (int n = 0; n < 16; n += 2) {
-        const float2 token = kvarn_unpack(*(const uint32_t *) (tile + kvarn_token_off(D, bits) + 2*(8*n + 2*g)));
+        const float2 token = kvarn_unpack(pairs[n/2]);
 #pragma unroll
-        for (int c = 0; c < 2; ++c) {
-            s[n    ][c] = fmaf(s[n    ][c], C::unit(n)*col.factor[c], z[c])*token.x;
-            s[n + 1][c] = fmaf(s[n + 1][c], C::unit(n)*col.factor[c], z[c])*token.y;
+        for (int c = 0; c < NC; ++c) {
+            const uint32_t x = __float_as_uint(fmaf(p[n    ][c], token.x, 128.0f)); // the last 16 bits are the integer
+            const uint32_t y = __float_as_uint(fmaf(p[n + 1][c], token.y, 128.0f));
+            p_words[(c*8 + g)*KVARN_P_WORDS + 2*n + i] = kvarn_transpose(__byte_perm(x, y, 0x4051));
         }
     }
-}
-
-// p (relative to the tile's maximum, token scales included) as the B operands of 8 k-steps
-static __device__ __forceinline__ void kvarn_pack_p(const float (&p)[16][2], uint32_t (&b)[16]) {
+    __syncwarp();
+    uint32_t b[NC][8];
 #pragma unroll
-    for (int n = 0; n < 16; ++n) {
-        b[n] = kvarn_transpose(kvarn_pack(p[n][0], p[n][1]));
-    }
-}
-
-// out += weight * p x one tile of values in shared memory
-template <int bits, int D>
-static __device__ __forceinline__ void kvarn_add_tile(float (&out)[D/8][2], const float (&weight)[2], const uint8_t * tile,
-                                                      const uint32_t (&b)[16], int lane) {
-    using C = kvarn_codes<bits, D>;
-    constexpr int n_half = C::slots*C::step;                       // half tiles of one u
-    constexpr int n_u    = n_half < 8 && C::n_u % 2 == 0 ? 2 : 1;  // word groups at once: independent sums hide the latency
-    const int g = lane/4, i = lane%4;
-
-    float ps[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+    for (int c = 0; c < NC; ++c) {
 #pragma unroll
-    for (int ks = 0; ks < 8; ++ks) {
-        kvarn_mma(ps[0], ps[1], ps[2], ps[3], 0x3c003c00, 0x3c003c00, 0x3c003c00, 0x3c003c00, b[2*ks], b[2*ks + 1]);
+        for (int n = 0; n < 8; n += 4) {
+            const uint4 v = *(const uint4 *) (p_words + (c*8 + g)*KVARN_P_WORDS + 8*i + n);
+            b[c][n] = v.x; b[c][n + 1] = v.y; b[c][n + 2] = v.z; b[c][n + 3] = v.w;
+        }
     }
-    const float pz[2] = { weight[0]*ps[0], weight[1]*ps[1] };
 
+    float unit[NC], pz[NC];
+#pragma unroll
+    for (int c = 0; c < NC; ++c) {
+        int l[2] = { 0, 0 }, h[2] = { 0, 0 };
+#pragma unroll
+        for (int k = 0; k < 8; k += 2) {
+            kvarn_mma_u8(l[0], l[1], h[0], h[1], 0x01010101, 0x01010101, 0x01010101, 0x01010101, b[c][k], b[c][k + 1]);
+        }
+        unit[c] = weight[c]*up;
+        pz  [c] = unit[c]*(float) (l[0]*256 + l[1]);
+    }
+
+    const uint8_t * row = tile + i*quarter;
 #pragma unroll
     for (int u = 0; u < C::n_u; u += n_u) {
-        float acc[C::n_half][2]; // only the half tiles of these u are used
+        int acc[NC][C::n_half][2]; // only the half tiles of these u are used
 #pragma unroll
-        for (int n = 0; n < C::n_half; ++n) {
-            acc[n][0] = acc[n][1] = 0.0f;
+        for (int c = 0; c < NC; ++c) {
+#pragma unroll
+            for (int n = 0; n < C::n_half; ++n) {
+                acc[c][n][0] = acc[c][n][1] = 0;
+            }
         }
 #pragma unroll
-        for (int ks = 0; ks < 8; ++ks) {
+        for (int k = 0; k < 8; k += 2) {
+            uint32_t bk[NC][2];
+#pragma unroll
+            for (int c = 0; c < NC; ++c) {
+                bk[c][0] = b[c][k];
+                bk[c][1] = b[c][k + 1];
+            }
 #pragma unroll
             for (int v = 0; v < n_u; ++v) {
-                kvarn_mma_codes<bits, D>(acc, u + v, 0, tile, ks, b[2*ks], b[2*ks + 1], g, i);
+                kvarn_mma_codes<false, C>(acc, u + v, row + k*C::row, bk, g);
             }
         }
 #pragma unroll
         for (int v = 0; v < n_u; ++v) {
 #pragma unroll
             for (int s = 0; s < C::slots; ++s) {
-                const int     n  = C::half_tile(u + v, s, 0);
-                const uint8_t * at = tile + 2*C::index(n, g);
+                const int n = C::half_tile(u + v, s, 0);
+                const uint8_t * at = meta + 2*C::index(n, g);
                 float2 scale, zero;
                 if (C::wide) {
                     scale = kvarn_unpack(*(const uint32_t *) (at + kvarn_scale_off(D, bits)));
@@ -295,8 +417,9 @@ static __device__ __forceinline__ void kvarn_add_tile(float (&out)[D/8][2], cons
                 for (int j = 0; j < C::step; ++j) {
                     const float sc = j ? scale.y : scale.x, zr = j ? zero.y : zero.x;
 #pragma unroll
-                    for (int c = 0; c < 2; ++c) {
-                        out[n + j][c] = fmaf(sc*(weight[c]*C::unit(n)), acc[n + j][c], fmaf(zr, pz[c], out[n + j][c]));
+                    for (int c = 0; c < NC; ++c) {
+                        const float sum = (float) (acc[c][n + j][0]*256 + acc[c][n + j][1]);
+                        out[n + j][c] = fmaf(sc*(unit[c]*C::unit(n)), sum, fmaf(zr, pz[c], out[n + j][c]));
                     }
                 }
             }

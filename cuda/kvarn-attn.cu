@@ -4,7 +4,7 @@
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
-#include "kvarn-attn.cuh"
+#include "kvarn-attn-plan.h"
 
 typedef cudaError_t (*kvarn_attn_kernel_t)(const kvarn_attn_args & a, cudaStream_t stream);
 
@@ -16,7 +16,13 @@ static kvarn_attn_kernel_t kvarn_attn_pick(const kvarn_attn_args & a) {
     if (!a.side[0].bits || !a.side[1].bits) {
         return D == 128 ? kvarn_attn_f16 : kvarn_attn_any;
     }
-    return D == 64 ? kvarn_attn_d64 : D == 128 ? kvarn_attn_d128 : D == 256 ? kvarn_attn_d256 : kvarn_attn_any;
+    const bool is_few = kvarn_attn_columns(a) == 1;
+    switch (D) {
+        case 64:  return is_few ? kvarn_attn_d64_few  : kvarn_attn_d64;
+        case 128: return is_few ? kvarn_attn_d128_few : kvarn_attn_d128;
+        case 256: return is_few ? kvarn_attn_d256_few : kvarn_attn_d256;
+        default:  return kvarn_attn_any;
+    }
 }
 
 cudaError_t kvarn_attn_plan(kvarn_attn_args * a) {
@@ -29,39 +35,38 @@ cudaError_t kvarn_attn_plan(kvarn_attn_args * a) {
         return error;
     }
     const int n_q = a->n_rows*a->n_gqa;
-    int n_blocks = 4; // per multiprocessor
-    a->n_warps  = 4;
-    a->n_stages = 1;
-    a->n_open   = 0; // kvarn_attn_any takes tiles as they come
+    int n_blocks  = 4; // per multiprocessor
+    int n_columns = 4; // query vectors per block
+    a->n_warps = 4;
+    a->n_open  = 0;    // kvarn_attn_any takes tiles as they come
     if (kvarn_attn_pick(*a) != kvarn_attn_any) {
+        n_columns = 4*kvarn_attn_columns(*a);
         a->n_open = a->n_rows < 4 ? a->n_rows : 4; // as many sequences may be in the batch
         a->n_open = a->n_open < a->cap ? a->n_open : a->cap - 1;
-        // as many warps as there is room for, then tiles in flight
-        int best = 0;
-        for (int warps = 4; warps >= 1; --warps) {
-            for (int stages = 2; stages >= 1; --stages) {
-                const int size = kvarn_attn_lay_out(a->side[0].D, a->side[0].bits, a->side[1].bits, a->n_gqa, n_q, warps,
-                        stages).total;
-                const int fit  = shared_sm/(size + 1024);
-                const int by_registers = (a->side[0].D <= 128 ? 12 : 8)/warps;
-                const int blocks = fit < by_registers ? fit : by_registers;
-                if (size <= shared_block && blocks*warps > best) {
-                    best        = blocks*warps;
-                    n_blocks    = blocks;
-                    a->n_warps  = warps;
-                    a->n_stages = stages;
-                }
+        // as many warps as there is room for; large blocks, since each reads the query vectors and writes a partial result
+        int best = 0, n_warps = 0;
+        for (int warps = KVARN_ATTN_WARPS; warps >= 1; --warps) {
+            a->n_warps = warps;
+            const int size   = kvarn_attn_lay_out(*a).total;
+            const int fit    = shared_sm/(size + 1024), most = KVARN_ATTN_WARPS_SM/warps;
+            const int blocks = fit < most ? fit : most;
+            if (size <= shared_block && 2*blocks*warps + warps > best) {
+                best     = 2*blocks*warps + warps;
+                n_blocks = blocks;
+                n_warps  = warps;
             }
         }
         if (best == 0) {
             return cudaErrorInvalidValue;
         }
+        a->n_warps = n_warps;
     }
-    const int n_shares = a->H*a->n_stream*((n_q + KVARN_COLUMNS - 1)/KVARN_COLUMNS);
+    // blocks of open tiles are short: four share one place, behind each other
+    const int n_shares = a->H*a->n_stream*((n_q + n_columns - 1)/n_columns);
     const int by_tiles = (a->n_used + a->n_warps - 1)/a->n_warps;
-    int n_split = n_sm*n_blocks/n_shares - a->n_open;
-    n_split = n_split < by_tiles            ? n_split : by_tiles;
-    n_split = n_split < a->cap - a->n_open  ? n_split : a->cap - a->n_open;
+    int n_split = (n_sm*n_blocks - (n_shares*a->n_open + 3)/4)/n_shares;
+    n_split = n_split < by_tiles           ? n_split : by_tiles;
+    n_split = n_split < a->cap - a->n_open ? n_split : a->cap - a->n_open;
     a->n_split = n_split > 1 ? n_split : 1;
     if (a->n_split + a->n_open > a->cap) {
         return cudaErrorInvalidValue;

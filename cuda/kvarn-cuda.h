@@ -37,27 +37,30 @@ struct kvarn_attn_args {
     int             n_split;       // partial results of sealed tiles, set by kvarn_attn_plan
     int             n_open;        // and of open ones, behind them
     int             n_warps;       // per block, set by kvarn_attn_plan
-    int             n_stages;      // tiles in flight per warp, set by kvarn_attn_plan
     float           scale, max_bias, softcap;
 };
 
-// Chooses n_split, n_open, n_warps and n_stages for this device: depends on nothing but the arguments, so REDUCE finds the same.
+// Chooses n_split, n_open and n_warps for this device: depends on nothing but the arguments, so REDUCE finds the same.
 cudaError_t kvarn_attn_plan(kvarn_attn_args * args);
 
 // ATTN: tiles and rows -> partial results
 cudaError_t kvarn_attn(const kvarn_attn_args & args, cudaStream_t stream);
 
-// the kernels that it picks from, by head size
-cudaError_t kvarn_attn_d64 (const kvarn_attn_args & a, cudaStream_t stream);
-cudaError_t kvarn_attn_d128(const kvarn_attn_args & a, cudaStream_t stream);
-cudaError_t kvarn_attn_d256(const kvarn_attn_args & a, cudaStream_t stream);
-cudaError_t kvarn_attn_f16 (const kvarn_attn_args & a, cudaStream_t stream); // one side an f16 cache, heads of 128 channels
-cudaError_t kvarn_attn_any (const kvarn_attn_args & a, cudaStream_t stream); // every shape
+// the kernels that it picks from, by head size; few: up to 4 query vectors per KV head
+cudaError_t kvarn_attn_d64      (const kvarn_attn_args & a, cudaStream_t stream);
+cudaError_t kvarn_attn_d64_few  (const kvarn_attn_args & a, cudaStream_t stream);
+cudaError_t kvarn_attn_d128     (const kvarn_attn_args & a, cudaStream_t stream);
+cudaError_t kvarn_attn_d128_few (const kvarn_attn_args & a, cudaStream_t stream);
+cudaError_t kvarn_attn_d256     (const kvarn_attn_args & a, cudaStream_t stream);
+cudaError_t kvarn_attn_d256_few (const kvarn_attn_args & a, cudaStream_t stream);
+cudaError_t kvarn_attn_f16      (const kvarn_attn_args & a, cudaStream_t stream); // one side an f16 cache, heads of 128 channels
+cudaError_t kvarn_attn_any      (const kvarn_attn_args & a, cudaStream_t stream); // every shape
 
 // REDUCE: partial results of n query vectors -> out[n][D].  sinks: one logit per head or NULL
 // n_rot: channels rotated together, the power of two that undoes the values' rotation; 0: none
+// is_behind: its blocks may be placed while the kernel before it on the stream ends (sm_90 and later)
 cudaError_t kvarn_reduce(const float * part, const float * sinks, float * out, int D, int n, int n_head, int cap, int n_split,
-                         cudaStream_t stream, int n_rot = 0);
+                         cudaStream_t stream, int n_rot = 0, bool is_behind = true);
 
 // GET: tiles map[stream][i], i < n_used -> f16 rows [stream][i*128 + t][head][D]
 cudaError_t kvarn_get(int side, int bits, int D, int H, const uint8_t * tiles, const half * tail, const int64_t * map, half * out,

@@ -21,6 +21,7 @@ static __global__ void __launch_bounds__(32*N_WARPS) kvarn_reduce_kernel(const f
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32;
     const float * p = part + (int64_t) blockIdx.x*cap*(D + 2);
 
+    kvarn_wait_for_kernel_before();
     float  max = -1e30f, sum = 0.0f;
     float2 acc[N];
 #pragma unroll
@@ -125,18 +126,22 @@ static __global__ void __launch_bounds__(32*N_WARPS) kvarn_reduce_kernel(const f
     }
 }
 
-cudaError_t kvarn_reduce(const float * part, const float * sinks, float * out, int D, int n, int n_head, int cap, int n_split,
-                         cudaStream_t stream, int n_rot) {
-    if (D <= 64) {
-        KVARN_LAUNCH(kvarn_reduce_kernel<1>, n, 32*N_WARPS, 0, stream, part, sinks, out, D, n_head, cap, n_split, n_rot);
-    } else if (D <= 128) {
-        KVARN_LAUNCH(kvarn_reduce_kernel<2>, n, 32*N_WARPS, 0, stream, part, sinks, out, D, n_head, cap, n_split, n_rot);
-    } else if (D <= 256) {
-        KVARN_LAUNCH(kvarn_reduce_kernel<4>, n, 32*N_WARPS, 0, stream, part, sinks, out, D, n_head, cap, n_split, n_rot);
-    } else {
-        KVARN_LAUNCH(kvarn_reduce_kernel<8>, n, 32*N_WARPS, 0, stream, part, sinks, out, D, n_head, cap, n_split, n_rot);
+template <int N>
+static cudaError_t kvarn_reduce_start(const float * part, const float * sinks, float * out, int D, int n, int n_head, int cap,
+        int n_split, cudaStream_t stream, int n_rot, bool is_behind) {
+    if (is_behind) {
+        return kvarn_launch_behind(kvarn_reduce_kernel<N>, dim3(n), 32*N_WARPS, stream, part, sinks, out, D, n_head, cap, n_split,
+                n_rot);
     }
+    KVARN_LAUNCH(kvarn_reduce_kernel<N>, n, 32*N_WARPS, 0, stream, part, sinks, out, D, n_head, cap, n_split, n_rot);
     return cudaGetLastError();
+}
+
+cudaError_t kvarn_reduce(const float * part, const float * sinks, float * out, int D, int n, int n_head, int cap, int n_split,
+                         cudaStream_t stream, int n_rot, bool is_behind) {
+    const auto start = D <= 64 ? kvarn_reduce_start<1> : D <= 128 ? kvarn_reduce_start<2> : D <= 256 ? kvarn_reduce_start<4> :
+            kvarn_reduce_start<8>;
+    return start(part, sinks, out, D, n, n_head, cap, n_split, stream, n_rot, is_behind);
 }
 
 #endif

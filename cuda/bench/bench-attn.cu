@@ -8,8 +8,8 @@
 //   ./bench-attn check     only the checks (for compute-sanitizer)       ./bench-attn time 4 2 128 4 131072     one line: bits,
 //   D, GQA, tokens
 //
-// Times are those of graph replays of both kernels as two ordinary launches; every call reads another set of buffers, 600 MB in
-// rotation.
+// Times are those of graph replays of both kernels, as two ordinary launches ("plain") and with REDUCE placed while ATTN ends
+// ("behind", what the cache does); every call reads another set of buffers, 600 MB in rotation.
 
 #include "kvarn-cuda.h"
 #include "kvarn-format.h"
@@ -160,8 +160,8 @@ static call make_call(const shape & z, uint32_t seed, bool is_mixed) {
         c.memory.push_back((void *) p);
     }
     ok(kvarn_attn_plan(&a), "plan");
-    if (const char * plan = getenv("KVARN_PLAN")) { // splits, warps, stages
-        ok(sscanf(plan, "%d,%d,%d", &a.n_split, &a.n_warps, &a.n_stages) == 3 ? cudaSuccess : cudaErrorInvalidValue,
+    if (const char * plan = getenv("KVARN_PLAN")) { // splits, warps
+        ok(sscanf(plan, "%d,%d", &a.n_split, &a.n_warps) == 2 ? cudaSuccess : cudaErrorInvalidValue,
                 "KVARN_PLAN");
     }
     return c;
@@ -171,11 +171,10 @@ static void drop(call & c) {
     for (void * p : c.memory) { cudaFree(p); }
 }
 
-static void launch(const shape & z, const call & c, cudaStream_t stream) {
+static void launch(const shape & z, const call & c, bool is_behind, cudaStream_t stream) {
     ok(kvarn_attn(c.args, stream), "ATTN");
     ok(kvarn_reduce(c.args.part, c.sinks, c.out, z.D[1], z.gqa*z.H*z.rows*z.n_stream, z.gqa*z.H, c.args.cap,
-            c.args.n_split + c.args.n_open,
-                    stream), "REDUCE");
+            c.args.n_split + c.args.n_open, stream, 0, is_behind), "REDUCE");
 }
 
 static int code_at(int bits, int F, int r, int f, const uint8_t * tile) {
@@ -198,7 +197,7 @@ static std::vector<T> from_device(const T * p, size_t n) {
 static double check(const shape & z, uint32_t seed) {
     call c = make_call(z, seed, true);
     const kvarn_attn_args & a = c.args;
-    launch(z, c, 0);
+    launch(z, c, seed % 2, 0);
     ok(cudaDeviceSynchronize(), "kernels");
 
     const int n_head = z.gqa*z.H;
@@ -316,33 +315,35 @@ static void measure(const shape & z, double copy, cudaStream_t stream, const cha
     for (int i = 0; i < n_sets; ++i) { calls.push_back(make_call(z, 100 + i, false)); }
     ok(cudaDeviceSynchronize(), "set up");
 
-    cudaGraph_t graph; cudaGraphExec_t exec;
-    const int n_calls = n_sets*std::max(1, 24/n_sets);
-    ok(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
-    for (int i = 0; i < n_calls; ++i) { launch(z, calls[i % n_sets], stream); }
-    ok(cudaStreamEndCapture(stream, &graph), "capture");
-    ok(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-    cudaEvent_t e0, e1;
-    cudaEventCreate(&e0); cudaEventCreate(&e1);
-    std::vector<float> times;
-    for (int i = 0; i < 12; ++i) {
-        float ms;
-        cudaEventRecord(e0, stream);
-        cudaGraphLaunch(exec, stream);
-        cudaEventRecord(e1, stream);
-        ok(cudaEventSynchronize(e1), "replay");
-        cudaEventElapsedTime(&ms, e0, e1);
-        if (i >= 3) { times.push_back(ms/n_calls); }
+    for (bool is_behind : { false, true }) {
+        cudaGraph_t graph; cudaGraphExec_t exec;
+        const int n_calls = n_sets*std::max(1, 24/n_sets);
+        ok(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
+        for (int i = 0; i < n_calls; ++i) { launch(z, calls[i % n_sets], is_behind, stream); }
+        ok(cudaStreamEndCapture(stream, &graph), "capture");
+        ok(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
+        cudaEvent_t e0, e1;
+        cudaEventCreate(&e0); cudaEventCreate(&e1);
+        std::vector<float> times;
+        for (int i = 0; i < 12; ++i) {
+            float ms;
+            cudaEventRecord(e0, stream);
+            cudaGraphLaunch(exec, stream);
+            cudaEventRecord(e1, stream);
+            ok(cudaEventSynchronize(e1), "replay");
+            cudaEventElapsedTime(&ms, e0, e1);
+            if (i >= 3) { times.push_back(ms/n_calls); }
+        }
+        std::sort(times.begin(), times.end());
+        const double us = times[times.size()/2]*1e3;
+        const kvarn_attn_args & a = calls[0].args;
+        printf("%s,%d,%d,%d,%d,%d,%d,%d,%s,%.2f,%.0f,%.1f,%d,%d\n", card, z.bits[0], z.bits[1], z.D[0], z.gqa, z.rows,
+                z.n_used*KVARN_G, z.n_stream,
+               is_behind ? "behind" : "plain", us, bytes/us*1e-3, 100.0*bytes/(us*1e-6)/copy, a.n_split, a.n_warps);
+        fflush(stdout);
+        cudaGraphExecDestroy(exec);
+        cudaGraphDestroy(graph);
     }
-    std::sort(times.begin(), times.end());
-    const double us = times[times.size()/2]*1e3;
-    const kvarn_attn_args & a = calls[0].args;
-    printf("%s,%d,%d,%d,%d,%d,%d,%d,%.2f,%.0f,%.1f,%d,%d,%d\n", card, z.bits[0], z.bits[1], z.D[0], z.gqa, z.rows,
-            z.n_used*KVARN_G, z.n_stream,
-           us, bytes/us*1e-3, 100.0*bytes/(us*1e-6)/copy, a.n_split, a.n_warps, a.n_stages);
-    fflush(stdout);
-    cudaGraphExecDestroy(exec);
-    cudaGraphDestroy(graph);
     for (call & c : calls) { drop(c); }
 }
 
@@ -400,7 +401,7 @@ int main(int argc, char ** argv) {
         cudaStreamCreate(&stream);
         const double copy = copy_bandwidth(stream);
         printf("copy: %.0f GB/s read + write\n", copy*1e-9);
-        printf("card,bits_k,bits_v,D,gqa,rows,tokens,streams,us,GB/s,%% of copy,splits,warps,stages\n");
+        printf("card,bits_k,bits_v,D,gqa,rows,tokens,streams,launch,us,GB/s,%% of copy,splits,warps\n");
         if (argc > 2) {
             const int n = argc > 6 ? atoi(argv[6]) : 131072;
             measure({ { atoi(argv[2]), atoi(argv[3]) }, { atoi(argv[4]), atoi(argv[4]) }, atoi(argv[5]), 1, n/KVARN_G, 8, 1,

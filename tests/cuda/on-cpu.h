@@ -43,6 +43,7 @@ extern kvarn_fiber_id threadIdx, blockIdx, blockDim, gridDim; // of the fiber th
 struct kvarn_exchange {
     uint32_t word[32];
     float    a[32][8], b[32][4]; // operands of a matrix instruction, as f32
+    uint32_t codes[32][4], words[32][2]; // or as they are
 };
 kvarn_exchange & kvarn_warp_exchange();
 void kvarn_warp_wait();
@@ -174,20 +175,81 @@ inline uint32_t kvarn_transpose(uint32_t v) {
     return r;
 }
 
+// integer operands as they are, four per word; signs of b as the instruction has them
+template <bool is_signed>
+inline void kvarn_mma_int(int & c0, int & c1, int & c2, int & c3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                          uint32_t b1) {
+    kvarn_exchange & e = kvarn_warp_exchange();
+    const int lane = kvarn_lane(), g = lane/4, i = lane%4;
+    const uint32_t a[4] = { a0, a1, a2, a3 }, b[2] = { b0, b1 };
+    memcpy(e.codes[lane], a, sizeof(a));
+    memcpy(e.words[lane], b, sizeof(b));
+    kvarn_warp_wait();
+    int * c[4] = { &c0, &c1, &c2, &c3 };
+    for (int n = 0; n < 4; ++n) {
+        int sum = 0;
+        for (int q = 0; q < 4; ++q) { // k = 4q .. 4q + 3 and the same + 16
+            for (int k = 0; k < 8; ++k) {
+                const int x = e.codes[4*g + q][k/4*2 + n/2] >> k%4*8 & 0xff;
+                const int y = e.words[4*(2*i + n%2) + q][k/4] >> k%4*8 & 0xff;
+                sum += x*(is_signed ? (int8_t) y : y);
+            }
+        }
+        *c[n] += sum;
+    }
+    kvarn_warp_wait();
+}
+
+inline void kvarn_mma_s8(int & c0, int & c1, int & c2, int & c3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                         uint32_t b1) {
+    kvarn_mma_int<true>(c0, c1, c2, c3, a0, a1, a2, a3, b0, b1);
+}
+
+inline void kvarn_mma_u8(int & c0, int & c1, int & c2, int & c3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                         uint32_t b1) {
+    kvarn_mma_int<false>(c0, c1, c2, c3, a0, a1, a2, a3, b0, b1);
+}
+
+inline uint32_t kvarn_fma2(uint32_t a, uint32_t b, uint32_t c) {
+    const float2 x = kvarn_unpack(a), y = kvarn_unpack(b), z = kvarn_unpack(c);
+    return kvarn_pack(fmaf(x.x, y.x, z.x), fmaf(x.y, y.y, z.y));
+}
+
+inline uint32_t kvarn_add2(uint32_t a, uint32_t b) {
+    const float2 x = kvarn_unpack(a), y = kvarn_unpack(b);
+    return kvarn_pack(x.x + y.x, x.y + y.y);
+}
+
+inline uint32_t kvarn_max_abs2(uint32_t m, uint32_t v) {
+    const float2 x = kvarn_unpack(m), y = kvarn_unpack(v);
+    return kvarn_pack(fmaxf(x.x, fabsf(y.x)), fmaxf(x.y, fabsf(y.y)));
+}
+
+inline void kvarn_wait_for_kernel_before() {}
+inline void kvarn_let_kernel_behind_start() {}
+
+template <typename... P, typename... A>
+cudaError_t kvarn_launch_behind(void (*kernel)(P...), dim3 grid, int block, cudaStream_t, const A &... args) {
+    kvarn_run(grid, dim3(block), 0, [&] { kernel(P(args)...); });
+    return cudaSuccess;
+}
+
 inline void kvarn_barrier_init(uint64_t * barrier) { *barrier = 0; }
 
-// A copy is done at once, by all lanes; the barrier counts, so that a wait for a copy that nobody started is noticed.
-inline void kvarn_copy_start(uint64_t * barrier, uint8_t * dst, const uint8_t * src, int size, int lane) {
+// A copy is done at once; the barrier counts, so that a wait for a copy that nobody started is noticed.
+inline void kvarn_copy_tile(uint64_t * barrier, uint8_t * dst, const uint8_t * src, int quarter, int size, int lane) {
     if (lane == 0) {
-        memcpy(dst, src, size);
         ++*barrier;
+        for (int n = 0; n < 4; ++n) {
+            memcpy(dst + n*(quarter + 32), src + n*quarter, n < 3 ? quarter : size - 3*quarter);
+        }
     }
     kvarn_warp_wait();
 }
 
 inline void kvarn_copy_commit() {}
 
-inline void kvarn_copy_wait(uint64_t * barrier, int phase, int) {
+inline void kvarn_copy_wait(uint64_t * barrier, int phase) {
     if ((*barrier & 1) == (uint64_t) phase) {
         fprintf(stderr, "a warp waits for a copy that was not started\n");
         abort();

@@ -1,0 +1,13 @@
+// kvarn-attn-d256-few.cu - attention for heads of 256 channels, up to 4 query vectors in all.
+//
+// SPDX-License-Identifier: MIT
+
+#if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
+
+#include "kvarn-attn.cuh"
+
+cudaError_t kvarn_attn_d256_few(const kvarn_attn_args & a, cudaStream_t stream) {
+    return kvarn_attn_start_any<256, 1>(a, stream);
+}
+
+#endif
