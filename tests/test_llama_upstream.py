@@ -103,18 +103,25 @@ def test_thread_safety(test_bin_dir, generated, keys, values):
 # -------------------------------------------------------------------------------------------------- architectures
 
 
+def said_in_docs(root, path: str) -> str:
+    return sweep.title_in((root/"docs"/"models.md").read_text(), Path(path).stem)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
-def test_architecture(test_bin_dir, generated, arch):
-    status, reason = sweep.check(test_bin_dir, generated(arch))
+def test_architecture(test_bin_dir, generated, arch, root):
+    status, reason, kinds = sweep.check(test_bin_dir, generated(arch))
     assert status == "pass", reason
+    assert said_in_docs(root, generated(arch)) == sweep.title_of(status, kinds), "docs/models.md: python tests/sweep.py --write"
 
 
 @pytest.mark.parametrize("arch", REFUSED)
-def test_architecture_is_refused(test_bin_dir, generated, arch):
-    status, reason = sweep.check(test_bin_dir, generated(arch))
+def test_architecture_is_refused(test_bin_dir, generated, arch, root):
+    status, reason, _ = sweep.check(test_bin_dir, generated(arch))
     assert status == "refused" and REFUSED[arch] in reason, reason
+    assert said_in_docs(root, generated(arch)) == "Refused"
 
 
 @pytest.mark.parametrize("arch", ["mamba", "llada"])
-def test_architecture_without_a_cache_ignores_the_type(test_bin_dir, generated, arch):
+def test_architecture_without_a_cache_ignores_the_type(test_bin_dir, generated, arch, root):
     assert sweep.check(test_bin_dir, generated(arch))[0] == "unused"
+    assert said_in_docs(root, generated(arch)) == "Nothing to quantize"
