@@ -281,3 +281,17 @@ def test_partly_offloaded_model_has_more_room(tiny):
     shape = model_shape.load(tiny(n_layer=24))
     rows = {n: plan.row_at(shape, "kvarn4", 8192, arguments("m", "--vram", "1G", "--gpu-layers", str(n))) for n in (-1, 13)}
     assert rows[13].kv == rows[-1].kv/2 and rows[13].tail == rows[-1].tail/2 and rows[13].weights < rows[-1].weights
+
+
+@pytest.mark.parametrize("trained, vram, said", [
+    (131072, "8G", "kvarn4/kvarn2 holds all 131072 tokens that the model was trained for; f16 "),
+    (131072, "24G", "All 131072 tokens that the model was trained for fit with f16 already."),
+    (1 << 24, "24G", "kvarn4/kvarn2 holds "),
+])
+def test_the_table_in_a_sentence(trained, vram, said):
+    from dataclasses import replace
+
+    shape = replace(eight_b(), n_ctx_train=trained)
+    args = arguments("m", "--vram", vram)
+    assert plan.verdict(shape, plan.plan(shape, args)).startswith(said)
+    assert plan.verdict(shape, plan.plan(shape, arguments("m", "--vram", vram, "--caches", "f16"))) in ("", said)

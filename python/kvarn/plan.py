@@ -180,6 +180,22 @@ def cells(shape: Shape, rows: "list[Row]", args: argparse.Namespace) -> "tuple[l
     return head, body, notes
 
 
+def verdict(shape: Shape, rows: "list[Row]") -> str:
+    """The table in a sentence: what kvarn makes of the memory, against the first row-wise type; "" if there is nothing to say."""
+    fitting = [row for row in rows if row.n_ctx and row.fits]
+    base = next((row for row in fitting if not row.cache.startswith("kvarn")), None)
+    mine = [row for row in fitting if row.cache.startswith("kvarn")]
+    best = next((row for row in mine if row.cache == "kvarn4/kvarn2"), mine[0] if mine else None)
+    if base is None or best is None:
+        return ""
+    trained = shape.n_ctx_train
+    if base.n_ctx >= trained > 0:
+        return f"All {trained} tokens that the model was trained for fit with {base.cache} already."
+    if best.n_ctx >= trained > 0:
+        return f"{best.cache} holds all {trained} tokens that the model was trained for; {base.cache} {base.n_ctx} of them."
+    return f"{best.cache} holds {best.n_ctx/base.n_ctx:.1f} times the tokens of {base.cache}."
+
+
 def draw(path: str, shape: Shape, rows: "list[Row]", args: argparse.Namespace) -> None:
     """Left: contexts; right: where the memory goes, at --ctx or at the largest context of the first row that fits."""
     try:
@@ -239,7 +255,8 @@ def run(args: argparse.Namespace) -> int:
         print(describe(shape) + "\n")
         head, body, notes = cells(shape, rows, args)
         show(head, body)
-        print("\n" + "\n".join(notes))
+        said = "" if args.ctx else verdict(shape, rows)
+        print("\n" + "\n".join([said, *notes] if said else notes))
     if args.plot:
         draw(args.plot, shape, rows, args)
     budget, usable = budget_of(args), [row for row in rows if not row.refused]
