@@ -158,6 +158,19 @@ def test_type_ids_come_from_the_library():
 
 
 @pytest.mark.llama
+def test_kv_sink(tiny, monkeypatch):
+    """128 tokens more of f16 for the one sequence; the environment is left as it was, and a copy by pickle has it too."""
+    monkeypatch.setenv("KVARN_SINK", "0")
+    plain = open_llama(tiny(), kv_type="kvarn").kv_size
+    llm = open_llama(tiny(), kv_type="kvarn", kv_sink=100)
+    assert os.environ["KVARN_SINK"] == "0"
+    assert llm.kv_size.tail_mib - plain.tail_mib == pytest.approx(2*2*2*128*128*2/2**20, abs=0.01)  # layers, sides, heads, D, rows
+    again = pickle.loads(pickle.dumps(llm))
+    assert again.kv_sink == 100 and again.kv_size == llm.kv_size
+    with pytest.raises(ValueError, match="KVARN_SINK=-5 is not a number of tokens"):
+        open_llama(tiny(), kv_type="kvarn", kv_sink=-5)
+
+
 @pytest.mark.parametrize("kv_type", MODEL_TYPES)
 def test_llama_runs(tiny, kv_type):
     import llama_cpp

@@ -3,18 +3,16 @@
 kvarn.Llama loads a model for every cache; here one model serves many contexts. SPDX-License-Identifier: MIT
 """
 
-import contextlib
 import ctypes
-import os
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Sequence
 
 import numpy as np
 
 from . import kvtype
 from .kv_info import read_size
 from .library import library_file
-from .llama import LIBRARY
+from .llama import LIBRARY, environment
 from .llama import llama_cpp as api
 from .log import CapturedLog
 
@@ -110,19 +108,6 @@ class Model:
         api.llama_model_free(self.handle)
 
 
-@contextlib.contextmanager
-def _strict(on: bool) -> "Iterator[None]":
-    """KVARN_STRICT while a context is made: tiles are read as soon as they are full, no f16 tail beyond that."""
-    before = os.environ.get("KVARN_STRICT")
-    if on:
-        os.environ["KVARN_STRICT"] = "1"
-    try:
-        yield
-    finally:
-        if on and before is None:
-            del os.environ["KVARN_STRICT"]
-
-
 class Context:
     """One sequence of one model with one cache type."""
 
@@ -138,7 +123,7 @@ class Context:
             params.n_threads = params.n_threads_batch = threads
         if tap is not None:
             params.cb_eval = tap.callback
-        with CapturedLog(False) as log, _strict(strict):
+        with CapturedLog(False) as log, environment("KVARN_STRICT", "1" if strict else None):
             self.handle = api.llama_init_from_model(model.handle, params)
         if not self.handle:
             raise RuntimeError(f"no context with cache type {cache}: {log.reason() or 'llama.cpp gives no reason'}")

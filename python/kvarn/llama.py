@@ -14,7 +14,7 @@ import ctypes
 import os
 from html import escape
 from types import TracebackType
-from typing import Any, Callable, Dict, Optional, Sequence, Type, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Type, Union
 
 from . import kvtype
 from .kv_info import KVInfo, KVSize, info_of, read_size
@@ -41,6 +41,21 @@ def type_id(given: Union[str, int]) -> int:
     return int(given)
 
 
+@contextlib.contextmanager
+def environment(name: str, value: Optional[str]) -> "Iterator[None]":
+    """A variable that the library reads when a context is made; None leaves it as it is."""
+    before = os.environ.get(name)
+    if value is not None:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        if value is not None:
+            os.environ.pop(name)
+            if before is not None:
+                os.environ[name] = before
+
+
 class Llama(llama_cpp.Llama):
     """llama_cpp.Llama on the patched libraries: the same methods, and what they do is the same with every cache type.
 
@@ -48,6 +63,7 @@ class Llama(llama_cpp.Llama):
     type_k, type_v   the same side by side, by name or id; not together with kv_type
     flash_attn       None: on where a type needs it
     swa_full         None: off with kvarn types, else llama.cpp's default
+    kv_sink          tokens at the start that kvarn keeps exact, rounded up to 128s; None: KVARN_SINK of the environment, or 0
     verbose, kwargs  llama_cpp.Llama's
 
     ValueError if a name is unknown or the model cannot have such a cache; the message has llama.cpp's own reason.
@@ -60,7 +76,7 @@ class Llama(llama_cpp.Llama):
 
     def __init__(self, model_path: str, *, kv_type: Optional[str] = None, type_k: Union[str, int, None] = None,
                  type_v: Union[str, int, None] = None, flash_attn: Optional[bool] = None, swa_full: Optional[bool] = None,
-                 verbose: bool = True, **kwargs: Any):
+                 kv_sink: Optional[int] = None, verbose: bool = True, **kwargs: Any):
         if kv_type is not None:
             if type_k is not None or type_v is not None:
                 raise ValueError("give kv_type, or type_k and type_v, not both")
@@ -74,7 +90,8 @@ class Llama(llama_cpp.Llama):
                              "leave flash_attn out, or use kv_type='f16'")
         if swa_full is None and kvtype.is_kvarn(*names):
             swa_full = False
-        with CapturedLog(verbose) as log:
+        self.kv_sink = kv_sink
+        with CapturedLog(verbose) as log, environment("KVARN_SINK", None if kv_sink is None else str(kv_sink)):
             try:
                 super().__init__(model_path, type_k=ids[0], type_v=ids[1], flash_attn=flash_attn, swa_full=swa_full,
                                  verbose=verbose, **kwargs)
@@ -163,6 +180,7 @@ class Llama(llama_cpp.Llama):
         state: "Dict[str, Any]" = super().__getstate__()  # type: ignore[no-untyped-call]
         for side in ("type_k", "type_v"):  # ids are the library's own; names outlive it
             state[side] = LIBRARY.name(state[side])
+        state["kv_sink"] = self.kv_sink
         return state
 
 
