@@ -210,7 +210,7 @@ def draw(path: str, shape: Shape, rows: "list[Row]", args: argparse.Namespace) -
     left, right = figure.subplots(1, 2, sharey=True)
     left.barh(names, [row.n_ctx/1024 for row in rows], color=["#2f9e8f" if "kvarn" in name else "#8c8c8c" for name in names])
     left.invert_yaxis()
-    left.set_xlabel("context, thousands of 1024 tokens" if not args.ctx else f"context asked for: {args.ctx}")
+    left.set_xlabel("largest context, in 1024 tokens; dotted: as trained" if not args.ctx else f"context asked for: {args.ctx}")
     if shape.n_ctx_train and not args.ctx:
         left.axvline(shape.n_ctx_train/1024, color="black", linewidth=0.8, linestyle=":")
     start = [0.0]*len(rows)
@@ -225,7 +225,7 @@ def draw(path: str, shape: Shape, rows: "list[Row]", args: argparse.Namespace) -
     if budget is not None:
         right.axvline(budget/UNITS["G"], color="#c23b4e", linewidth=1)
     right.set_xlabel(f"GiB at {at} tokens")
-    right.legend(fontsize=7, ncols=2)
+    right.legend(fontsize=7, ncols=2, loc="lower right")
     figure.suptitle(f"{shape.name}" + (f", {args.vram or args.ram}" if budget is not None else ""), fontsize=10)
     figure.savefig(path, dpi=150)
 
