@@ -3,7 +3,7 @@
 // SPDX-License-Identifier: MIT
 //
 //   block  a head of keys or of values: its rows are rotated and written to the tail, then its tiles of the list are sealed;
-//          or 8 query vectors
+//          or 16 query vectors
 //   warp   one vector at a time: a Hadamard transform of n_rot channels in shared memory
 // Bound by the latency of one launch, which is why it is one: rotating, storing and sealing apart are eight.
 
@@ -37,10 +37,12 @@ static __device__ __forceinline__ void kvarn_rotate(const float * x, T * y, int 
     __syncwarp();
 }
 
+template <bool in_shared>
 static __global__ void __launch_bounds__(THREADS) kvarn_prep_kernel(const kvarn_prep_args a) {
-    __shared__ float buffers[N_WARPS][KVARN_D_MAX];
+    KVARN_DYNAMIC_SHARED(shared); // a vector per warp, then what sealing needs: one after the other
 
     const int warp = threadIdx.x/32;
+    float * buffer = (float *) shared + warp*KVARN_D_MAX;
     int block = blockIdx.x;
 
     for (int side = 0; side < 2; ++side) {
@@ -52,12 +54,12 @@ static __global__ void __launch_bounds__(THREADS) kvarn_prep_kernel(const kvarn_
         }
         const int64_t stride = (int64_t) s.D*H;
         for (int t = warp; t < a.n_tokens; t += N_WARPS) {
-            kvarn_rotate(s.cur + t*stride + block*s.D, s.tail + s.rows[t]*stride + block*s.D, s.D, s.n_rot, buffers[warp]);
+            kvarn_rotate(s.cur + t*stride + block*s.D, s.tail + s.rows[t]*stride + block*s.D, s.D, s.n_rot, buffer);
         }
         for (int n = 0; n < a.n_list; ++n) {
             if (a.list[2*n] >= 0) {
                 __syncthreads(); // the rows are there; the last tile is done
-                kvarn_seal_head(side, s.bits, s.D, H, block, s.tail, a.list[2*n], a.list[2*n + 1], s.tiles);
+                kvarn_seal_head<in_shared>(side, s.bits, s.D, H, block, s.tail, a.list[2*n], a.list[2*n + 1], s.tiles, shared);
             }
         }
         return;
@@ -65,14 +67,35 @@ static __global__ void __launch_bounds__(THREADS) kvarn_prep_kernel(const kvarn_
 
     const int vector = block*N_WARPS + warp;
     if (vector < a.n_q) {
-        kvarn_rotate(a.q + (int64_t) vector*a.q_size, a.q_out + (int64_t) vector*a.q_size, a.q_size, a.q_rot, buffers[warp]);
+        kvarn_rotate(a.q + (int64_t) vector*a.q_size, a.q_out + (int64_t) vector*a.q_size, a.q_size, a.q_rot, buffer);
     }
 }
 
-cudaError_t kvarn_prep(const kvarn_prep_args & a, cudaStream_t stream) {
+template <bool in_shared>
+static cudaError_t kvarn_prep_start(const kvarn_prep_args & a, int D, cudaStream_t stream) {
     const int n_blocks = (a.side[0].bits ? a.H : 0) + (a.side[1].bits ? a.H : 0) + (a.n_q + N_WARPS - 1)/N_WARPS;
-    KVARN_LAUNCH(kvarn_prep_kernel, n_blocks, THREADS, 0, stream, a);
+    const int rotate = N_WARPS*KVARN_D_MAX*(int) sizeof(float), seal = a.n_list > 0 ? kvarn_seal_shared(D, in_shared) : 0;
+    const int size   = seal > rotate ? seal : rotate;
+    const cudaError_t error = cudaFuncSetAttribute((const void *) kvarn_prep_kernel<in_shared>,
+            cudaFuncAttributeMaxDynamicSharedMemorySize, size);
+    if (error != cudaSuccess) {
+        return error;
+    }
+    KVARN_LAUNCH(kvarn_prep_kernel<in_shared>, n_blocks, THREADS, size, stream, a);
     return cudaGetLastError();
+}
+
+cudaError_t kvarn_prep(const kvarn_prep_args & a, cudaStream_t stream) {
+    int D = 0;
+    for (const kvarn_prep_side & s : a.side) {
+        D = s.bits && s.D > D ? s.D : D;
+    }
+    bool in_shared = false;
+    const cudaError_t error = kvarn_seal_fits(D, 4096, &in_shared);
+    if (error != cudaSuccess) {
+        return error;
+    }
+    return in_shared ? kvarn_prep_start<true>(a, D, stream) : kvarn_prep_start<false>(a, D, stream);
 }
 
 #endif

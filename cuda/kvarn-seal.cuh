@@ -2,13 +2,15 @@
 //
 // SPDX-License-Identifier: MIT
 //
-//   channel  passes over tokens: a thread sums up a channel, t = 0, 1, .. 127
-//   row      passes over channels: 16 threads sum up a token, lane j adds d = j, j + 16, ..; then lanes j and j + 8, + 4, + 2, +
-//            1
+//   channel  passes over tokens: a thread sums up a channel, t = 0, 1, .. 127; half of the threads take one pair of a fit's sums,
+//            half the other
+//   row      passes over channels: 16 threads sum up four tokens at a time, lane j adds d = j, j + 16, ..; then lanes j and
+//            j + 8, + 4, + 2, + 1
 //
-// The rows stay f16 in global memory and are read again by every pass: 32 KB for 128 channels, served by L1. Bound by the latency
-// of
-// the sums, whose order is part of the format: 128 additions one after the other, a dozen times.
+// Values and codes lie in shared memory, a word each: (x, code - h), both exact in f16. Rows are D + 1 words long, and the two
+// rows of a warp 16 apart, so that rows, channels and the final transpose all read without bank conflicts. Where that does not
+// fit, the rows stay f16 in global memory and codes are computed again. Bound by the latency of the sums, whose order is part of
+// the format: 128 additions one after the other, a dozen times.
 
 #pragma once
 
@@ -17,9 +19,10 @@
 #include "kvarn-mma.cuh"
 
 #define G         KVARN_G
-#define THREADS   256
+#define THREADS   512
 #define LANES     16
-#define N_VECTORS 9
+#define ROWS      4       // of a thread
+#define STEP      (THREADS/LANES)
 #define ROUNDS    4
 
 #define X_MAX     65504.0f
@@ -64,43 +67,60 @@ static __device__ __forceinline__ half to_f16(float v) {
     return (u & 0x7fffffff) >= 0x477ff000 ? __ushort_as_half((unsigned short) (u >> 16 & 0x8000 | 0x7bff)) : __float2half_rn(v);
 }
 
-// what the passes share
+// value of a row: NaN counts as 0, everything else is finite
+static __device__ __forceinline__ float clean(half x) {
+    const float v = __half2float(x);
+    uint32_t u = __float_as_uint(v) & 0x7fffffffu;
+    u = u > 0x7f800000u ? 0 : u;
+    u = u > 0x477fe000u ? 0x477fe000u : u;
+    return __uint_as_float((__float_as_uint(v) & 0x80000000u) | u);
+}
+
+// what the passes share. in_shared: values and codes lie in shared memory
+template <bool in_shared>
 struct kvarn_seal_state {
-    const half * rows;   // of the slot and head
+    const half * rows;    // of the slot and head
     int64_t stride;
+    half2 * cells;        // [G][D + 1], or NULL
     int     D;
-    float   r;           // 1/rms
-    float   L, h;        // largest code, half of it
-    float * tok;         // [G]
-    float * rt;          // [G], 1/tok before the last walk
-    float * scale, * mid, * inv, * off;
+    float   r;            // 1/rms
+    float   L, h;         // largest code, half of it
+    float * tok;          // [G]
+    float * rt;           // [G], 1/tok before the last walk
+    float * inv, * off, * scale, * mid;
     float * cc, * cw, * cy, * wy; // fit
-    float   ww;
+    float * ww;
 
     __device__ __forceinline__ float x(int t, int d) const {
-        const float v = __half2float(rows[t*stride + d]);
-        uint32_t u = __float_as_uint(v) & 0x7fffffffu;
-        u = u > 0x7f800000u ? 0 : u;
-        u = u > 0x477fe000u ? 0x477fe000u : u;
-        return __uint_as_float((__float_as_uint(v) & 0x80000000u) | u);
+        return in_shared ? __low2float(cells[t*(D + 1) + d]) : clean(rows[t*stride + d]);
     }
     __device__ __forceinline__ float y(int t, int d) const { return mul(x(t, d), r); }
 
-    __device__ __forceinline__ float code(float y, int t, int d) const {
-        float v = add(mul(mul(y, rt[t]), inv[d]), off[d]);
+    __device__ __forceinline__ float code(float y, float rt, float inv, float off) const {
+        float v = add(mul(mul(y, rt), inv), off);
         v = v > 0.0f ? v : 0.0f;
         v = v < L ? v : L;
         return sub(add(v, ROUND_INT), ROUND_INT);
     }
+    // keeps a code, minus h
+    __device__ __forceinline__ void keep(int t, int d, float c) {
+        if (in_shared) {
+            ((half *) (cells + t*(D + 1) + d))[1] = __float2half_rn(c);
+        }
+    }
+    __device__ __forceinline__ float kept(int t, int d) const {
+        return in_shared ? __high2float(cells[t*(D + 1) + d]) : sub(code(y(t, d), rt[t], inv[d], off[d]), h);
+    }
+
     __device__ __forceinline__ float fit_scale(int d) const {
-        const float m   = div(cw[d], ww);
+        const float m   = div(cw[d], *ww);
         const float cov = sub(cy[d], mul(m, wy[d]));
         const float var = sub(cc[d], mul(m, cw[d]));
         return cov > 0.0f && var > mul(FIT_MIN, cc[d]) ? div(cov, var) : 0.0f;
     }
-    __device__ __forceinline__ float fit_mid(int d, float s) const { return div(sub(wy[d], mul(s, cw[d])), ww); }
+    __device__ __forceinline__ float fit_mid(int d, float s) const { return div(sub(wy[d], mul(s, cw[d])), *ww); }
 
-    __device__ __forceinline__ void code_line(int d) const {
+    __device__ __forceinline__ void code_line(int d) {
         inv[d] = reciprocal(scale[d]);
         off[d] = inv[d] > 0.0f ? sub(h, mul(mid[d], inv[d])) : 0.0f;
     }
@@ -114,6 +134,9 @@ static __device__ __forceinline__ float lanes_sum(float v) {
     }
     return __shfl_sync(0xffffffff, v, 0, LANES);
 }
+
+// this thread's first row: the halves of a warp are 16 rows apart, the next rows STEP
+static __device__ __forceinline__ int first_row() { return threadIdx.x/32 + threadIdx.x % 32/LANES*(STEP/2); }
 
 static __device__ __forceinline__ float block_max(float v, float * scratch) {
     for (int o = 16; o > 0; o /= 2) {
@@ -131,88 +154,137 @@ static __device__ __forceinline__ float block_max(float v, float * scratch) {
 }
 
 // standard deviations of the rows of y, or of y*rc
-static __device__ void row_stds(const kvarn_seal_state & s, const float * rc) {
-    const int j = threadIdx.x % LANES;
-    for (int t = threadIdx.x/LANES; t < G; t += THREADS/LANES) {
-        float sum = 0.0f, sum2 = 0.0f;
-        for (int d = j; d < s.D; d += LANES) {
-            const float v = rc ? mul(s.y(t, d), rc[d]) : s.y(t, d);
-            sum  = add(sum, v);
-            sum2 = add(sum2, mul(v, v));
+template <bool in_shared>
+static __device__ void row_stds(const kvarn_seal_state<in_shared> & s, const float * rc) {
+    const int j = threadIdx.x % LANES, t0 = first_row();
+    float sum[ROWS] = {}, sum2[ROWS] = {};
+#pragma unroll 2
+    for (int d = j; d < s.D; d += LANES) {
+        const float f = rc ? rc[d] : 1.0f;
+#pragma unroll
+        for (int k = 0; k < ROWS; ++k) {
+            const float v = rc ? mul(s.y(t0 + k*STEP, d), f) : s.y(t0 + k*STEP, d);
+            sum [k] = add(sum [k], v);
+            sum2[k] = add(sum2[k], mul(v, v));
         }
-        sum  = lanes_sum(sum);
-        sum2 = lanes_sum(sum2);
+    }
+#pragma unroll
+    for (int k = 0; k < ROWS; ++k) {
+        const float a = lanes_sum(sum[k]), b = lanes_sum(sum2[k]);
         if (j == 0) {
-            s.tok[t] = max_f32(root(variance(sum, sum2, (float) s.D)), STD_MIN);
+            s.tok[t0 + k*STEP] = max_f32(root(variance(a, b, (float) s.D)), STD_MIN);
         }
     }
     __syncthreads();
 }
 
 // Step 3: codes for scale and mid, the tokens' scales for these, the sums of the next fit
-static __device__ void seal_walk(kvarn_seal_state & s) {
-    const int j = threadIdx.x % LANES;
-    for (int d = threadIdx.x; d < s.D; d += THREADS) {
+template <bool in_shared>
+static __device__ void seal_walk(kvarn_seal_state<in_shared> & s) {
+    const int x = threadIdx.x, j = x % LANES, t0 = first_row();
+    for (int d = x; d < s.D; d += THREADS) {
         s.code_line(d);
     }
-    if (threadIdx.x < G) {
-        s.rt[threadIdx.x] = reciprocal(s.tok[threadIdx.x]);
+    if (x < G) {
+        s.rt[x] = reciprocal(s.tok[x]);
     }
     __syncthreads();
-    for (int t = threadIdx.x/LANES; t < G; t += THREADS/LANES) {
-        float yv = 0.0f, vv = 0.0f;
-        for (int d = j; d < s.D; d += LANES) {
-            const float y = s.y(t, d);
-            const float v = add(mul(sub(s.code(y, t, d), s.h), s.scale[d]), s.mid[d]);
-            yv = add(yv, mul(v, y));
-            vv = add(vv, mul(v, v));
+    float yv[ROWS] = {}, vv[ROWS] = {}, rt[ROWS];
+#pragma unroll
+    for (int k = 0; k < ROWS; ++k) {
+        rt[k] = s.rt[t0 + k*STEP];
+    }
+#pragma unroll 2
+    for (int d = j; d < s.D; d += LANES) {
+        const float inv = s.inv[d], off = s.off[d], scale = s.scale[d], mid = s.mid[d];
+#pragma unroll
+        for (int k = 0; k < ROWS; ++k) {
+            const float y = s.y(t0 + k*STEP, d);
+            const float c = sub(s.code(y, rt[k], inv, off), s.h);
+            s.keep(t0 + k*STEP, d, c);
+            const float v = add(mul(c, scale), mid);
+            yv[k] = add(yv[k], mul(v, y));
+            vv[k] = add(vv[k], mul(v, v));
         }
-        yv = lanes_sum(yv);
-        vv = lanes_sum(vv);
+    }
+#pragma unroll
+    for (int k = 0; k < ROWS; ++k) {
+        const float a = lanes_sum(yv[k]), b = lanes_sum(vv[k]);
         if (j == 0) {
-            s.tok[t] = yv > 0.0f && vv > 0.0f ? min_f32(div(yv, vv), X_MAX) : 0.0f;
+            s.tok[t0 + k*STEP] = a > 0.0f && b > 0.0f ? min_f32(div(a, b), X_MAX) : 0.0f;
         }
     }
     __syncthreads();
-    float ww = 0.0f;
-    for (int t = 0; t < G; ++t) {
-        ww = add(ww, mul(s.tok[t], s.tok[t]));
-    }
-    s.ww = ww > 0.0f ? ww : 1.0f;
-    for (int d = threadIdx.x; d < s.D; d += THREADS) {
-        float cc = 0.0f, cw = 0.0f, cy = 0.0f, wy = 0.0f;
-#pragma unroll 4
-        for (int t = 0; t < G; ++t) {
-            const float y = s.y(t, d), w = s.tok[t];
-            const float c = mul(sub(s.code(y, t, d), s.h), w);
-            cc = add(cc, mul(c, c));
-            cw = add(cw, mul(c, w));
-            cy = add(cy, mul(c, y));
-            wy = add(wy, mul(w, y));
+    for (int at = x; at <= 2*s.D; at += THREADS) {
+        if (at < s.D) {
+            float cc = 0.0f, cw = 0.0f;
+#pragma unroll 8
+            for (int t = 0; t < G; ++t) {
+                const float w = s.tok[t], c = mul(s.kept(t, at), w);
+                cc = add(cc, mul(c, c));
+                cw = add(cw, mul(c, w));
+            }
+            s.cc[at] = cc; s.cw[at] = cw;
+        } else if (at < 2*s.D) {
+            const int d = at - s.D;
+            float cy = 0.0f, wy = 0.0f;
+#pragma unroll 8
+            for (int t = 0; t < G; ++t) {
+                const float w = s.tok[t], c = mul(s.kept(t, d), w), y = s.y(t, d);
+                cy = add(cy, mul(c, y));
+                wy = add(wy, mul(w, y));
+            }
+            s.cy[d] = cy; s.wy[d] = wy;
+        } else {
+            float ww = 0.0f;
+#pragma unroll 8
+            for (int t = 0; t < G; ++t) {
+                ww = add(ww, mul(s.tok[t], s.tok[t]));
+            }
+            *s.ww = ww > 0.0f ? ww : 1.0f;
         }
-        s.cc[d] = cc; s.cw[d] = cw; s.cy[d] = cy; s.wy[d] = wy;
     }
     __syncthreads();
 }
 
 // the codes of word x of a row of four r, slot f, one per byte: r0 is the row's first contracted index
-static __device__ __forceinline__ uint32_t codes_of(const kvarn_seal_state & s, int side, int r0, int f) {
+template <bool in_shared>
+static __device__ __forceinline__ uint32_t codes_of(const kvarn_seal_state<in_shared> & s, int side, int r0, int f) {
     uint32_t w = 0;
     for (int k = 0; k < 4; ++k) {
         const int t = side == KVARN_KEY ? f : r0 + k, d = side == KVARN_KEY ? r0 + k : f;
-        w |= (uint32_t) s.code(s.y(t, d), t, d) << 8*k;
+        w |= (uint32_t) add(s.kept(t, d), s.h) << 8*k;
     }
     return w;
 }
 
-// head h of the rows in a slot -> its part of tile index; all THREADS of the block
+// shared memory: floats per channel, and the cells
+#define N_VECTORS 9
+
+static inline int kvarn_seal_shared(int D, bool in_shared) {
+    return N_VECTORS*D*(int) sizeof(float) + (in_shared ? G*(D + 1)*(int) sizeof(half2) : 0);
+}
+
+// whether values and codes of both sides fit, beside what a kernel has of its own
+static inline cudaError_t kvarn_seal_fits(int D, int own, bool * in_shared) {
+    int device, most;
+    cudaError_t error;
+    if ((error = cudaGetDevice(&device)) == cudaSuccess &&
+        (error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) == cudaSuccess) {
+        *in_shared = kvarn_seal_shared(D, true) + own <= most;
+    }
+    return error;
+}
+
+// Seals slot of the tail as the tile of this index, head h. shared: kvarn_seal_shared() bytes
+template <bool in_shared>
 static __device__ void kvarn_seal_head(int side, int bits, int D, int H, int h, const half * tail, int64_t slot, int64_t index,
-                                       uint8_t * tiles) {
-    __shared__ float vectors[N_VECTORS][KVARN_D_MAX];
-    __shared__ float tok[G], rt[G], scratch[THREADS/32], shared_rms;
+        uint8_t * tiles, uint8_t * shared) {
+    __shared__ float tok[G], rt[G], scratch[THREADS/32], shared_rms, shared_ww;
 
     const int x = threadIdx.x;
-    kvarn_seal_state s;
+    float * vectors = (float *) shared;
+    kvarn_seal_state<in_shared> s;
     s.stride = (int64_t) D*H;
     s.rows   = tail + slot*G*s.stride + h*D;
     uint8_t * tile = tiles + (index*H + h)*kvarn_tile_size(D, bits);
@@ -226,15 +298,37 @@ static __device__ void kvarn_seal_head(int side, int bits, int D, int H, int h, 
     s.D     = D;
     s.L     = (float) ((1 << bits) - 1);
     s.h     = 0.5f*s.L;
-    s.tok   = tok;        s.rt  = rt;
-    s.scale = vectors[0]; s.mid = vectors[1]; s.inv = vectors[2]; s.off = vectors[3];
-    s.cc    = vectors[4]; s.cw  = vectors[5]; s.cy  = vectors[6]; s.wy  = vectors[7];
-    float * stored = vectors[8];
+    s.tok   = tok;           s.rt  = rt;            s.ww    = &shared_ww;
+    s.inv   = vectors;       s.off = vectors + D;   s.scale = vectors + 2*D; s.mid = vectors + 3*D;
+    s.cc    = vectors + 4*D; s.cw  = vectors + 5*D; s.cy    = vectors + 6*D; s.wy  = vectors + 7*D;
+    float * stored = vectors + 8*D;
+    s.cells = in_shared ? (half2 *) (vectors + N_VECTORS*D) : nullptr;
+    if (in_shared) {
+        // four channels at a time, D % 16 == 0; all loads of a thread on their way before the first is used
+        const int t0 = x/LANES, j = x % LANES;
+        for (int d = 4*j; d < D; d += 4*LANES) {
+            uint2 v[G/STEP];
+#pragma unroll
+            for (int k = 0; k < G/STEP; ++k) {
+                v[k] = *(const uint2 *) (s.rows + (t0 + k*STEP)*s.stride + d);
+            }
+#pragma unroll
+            for (int k = 0; k < G/STEP; ++k) {
+                half2 * cell = s.cells + (t0 + k*STEP)*(D + 1) + d;
+                const uint32_t w[2] = { v[k].x, v[k].y };
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    cell[e] = __floats2half2_rn(clean(__ushort_as_half((unsigned short) (w[e/2] >> 16*(e%2)))), 0.0f);
+                }
+            }
+        }
+        __syncthreads();
+    }
 
     // step 1: rms
     for (int d = x; d < D; d += THREADS) {
         float sum2 = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
         for (int t = 0; t < G; ++t) {
             const float v = s.x(t, d);
             sum2 = add(sum2, mul(v, v));
@@ -264,15 +358,19 @@ static __device__ void kvarn_seal_head(int side, int bits, int D, int H, int h, 
 
     // step 2: token scales, channel scales for these, token scales for those
     row_stds(s, nullptr);
+    if (x < G) {
+        rt[x] = div(1.0f, tok[x]);
+    }
+    __syncthreads();
     for (int d = x; d < D; d += THREADS) {
         float ref = 0.0f, sum = 0.0f, sum2 = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
         for (int t = 0; t < G; ++t) {
             ref = add(ref, mul(s.y(t, d), 1.0f/G));
         }
-#pragma unroll 4
+#pragma unroll 8
         for (int t = 0; t < G; ++t) {
-            const float c = sub(mul(s.y(t, d), div(1.0f, tok[t])), ref);
+            const float c = sub(mul(s.y(t, d), rt[t]), ref);
             sum  = add(sum, c);
             sum2 = add(sum2, mul(c, c));
         }
@@ -282,12 +380,16 @@ static __device__ void kvarn_seal_head(int side, int bits, int D, int H, int h, 
     row_stds(s, s.inv);
 
     // step 4: a range to begin with, then rounds
+    if (x < G) {
+        rt[x] = reciprocal(tok[x]);
+    }
+    __syncthreads();
     const float share = div(bits == 2 ? 0.64f : bits == 3 ? 0.80f : 0.92f, s.L);
     for (int d = x; d < D; d += THREADS) {
         float lo = INFINITY, hi = -INFINITY;
-#pragma unroll 4
+#pragma unroll 8
         for (int t = 0; t < G; ++t) {
-            const float v = mul(s.y(t, d), reciprocal(tok[t]));
+            const float v = mul(s.y(t, d), rt[t]);
             lo = min_f32(lo, v);
             hi = max_f32(hi, v);
         }
@@ -309,16 +411,16 @@ static __device__ void kvarn_seal_head(int side, int bits, int D, int H, int h, 
     float c_max = 0.0f;
     for (int d = x; d < D; d += THREADS) {
         float spread = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
         for (int t = 0; t < G; ++t) {
             const float u = sub(s.y(t, d), mul(tok[t], s.mid[d]));
             spread = add(spread, mul(u, u));
         }
-        const float m   = div(s.cw[d], s.ww);
+        const float m   = div(s.cw[d], *s.ww);
         const float cov = sub(s.cy[d], mul(m, s.wy[d]));
         const float var = sub(s.cc[d], mul(m, s.cw[d]));
-        const float b   = sub(s.wy[d], mul(s.mid[d], s.ww));
-        const float own = sub(spread, mul(b, div(b, s.ww)));
+        const float b   = sub(s.wy[d], mul(s.mid[d], *s.ww));
+        const float own = sub(spread, mul(b, div(b, *s.ww)));
         float st = s.fit_scale(d);
         if (st > 0.0f && mul(mul(AGREE, cov), cov) >= mul(own, var)) {
             st = side == KVARN_KEY ? div(own, cov) : root(div(own, var));
@@ -350,25 +452,30 @@ static __device__ void kvarn_seal_head(int side, int bits, int D, int H, int h, 
         rt[x] = reciprocal(tok[x]);
     }
     __syncthreads();
-    const int j = x % LANES;
-    for (int t = x/LANES; t < G; t += THREADS/LANES) {
-        float yc = 0.0f, cc = 0.0f, yy = 0.0f;
-        for (int d = j; d < D; d += LANES) {
-            const float y = s.y(t, d);
-            const float v = add(mul(s.code(y, t, d), stored[d]), zero[d]);
-            yc = add(yc, mul(v, y));
-            cc = add(cc, mul(v, v));
-            yy = add(yy, mul(y, y));
+    const int j = x % LANES, t0 = first_row();
+    float yc[ROWS] = {}, cc[ROWS] = {}, yy[ROWS] = {};
+#pragma unroll 2
+    for (int d = j; d < D; d += LANES) {
+#pragma unroll
+        for (int k = 0; k < ROWS; ++k) {
+            const int   t = t0 + k*STEP;
+            const float y = s.y(t, d), q = s.code(y, rt[t], s.inv[d], s.off[d]);
+            const float v = add(mul(q, stored[d]), zero[d]);
+            s.keep(t, d, sub(q, s.h));
+            yc[k] = add(yc[k], mul(v, y));
+            cc[k] = add(cc[k], mul(v, v));
+            yy[k] = add(yy[k], mul(y, y));
         }
-        yc = lanes_sum(yc);
-        cc = lanes_sum(cc);
-        yy = lanes_sum(yy);
-        float r = yc > 0.0f && cc > 0.0f ? div(yc, cc) : 0.0f;
-        if (r > 0.0f && mul(mul(AGREE, yc), yc) >= mul(yy, cc)) {
-            r = side == KVARN_KEY ? div(yy, yc) : root(div(yy, cc));
+    }
+#pragma unroll
+    for (int k = 0; k < ROWS; ++k) {
+        const float a = lanes_sum(yc[k]), b = lanes_sum(cc[k]), c = lanes_sum(yy[k]);
+        float r = a > 0.0f && b > 0.0f ? div(a, b) : 0.0f;
+        if (r > 0.0f && mul(mul(AGREE, a), a) >= mul(c, b)) {
+            r = side == KVARN_KEY ? div(c, a) : root(div(c, b));
         }
         if (j == 0) {
-            tok[t] = mul(r, rms);
+            tok[t0 + k*STEP] = mul(r, rms);
         }
     }
     __syncthreads();
