@@ -18,8 +18,10 @@ struct kvarn_attn_layout {
     int factors, barriers, p_words, masks, tiles, tile_size, total; // bytes in shared memory
 };
 
-#define KVARN_ATTN_WARPS    4 // per block, at most
-#define KVARN_ATTN_WARPS_SM 8 // per multiprocessor: what registers allow
+#define KVARN_ATTN_WARPS 4 // per block, at most
+
+// warps per multiprocessor: eight keep the memory of a large device busy, small heads have more to do per byte
+static inline int kvarn_attn_warps_sm(int D, int nc) { return nc == 1 && D < 128 ? 12 : 8; }
 
 // query vectors per lane: 1 (up to 4 in all) or 2
 static inline int kvarn_attn_columns(const kvarn_attn_args & a) {
