@@ -178,6 +178,9 @@ def test_table_json_and_plot(tiny, tmp_path, capsys):
     assert "2 layers, 2 KV heads x 128; trained for 131072 tokens" in said
     assert any(line.split()[:1] == ["kvarn4/kvarn2"] for line in said.splitlines())
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for words in (["--vram", "1G", "--ctx", "4096"], ["--ctx", "4096"]):
+        assert cli.main(["plan", path, *words, "--plot", str(picture)]) == 0
+    capsys.readouterr()
     assert cli.main(["plan", path, "--ctx", "4096", "--ram", "1G", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     shape = model_shape.load(path)

@@ -197,7 +197,7 @@ def verdict(shape: Shape, rows: "list[Row]") -> str:
 
 
 def draw(path: str, shape: Shape, rows: "list[Row]", args: argparse.Namespace) -> None:
-    """Left: contexts; right: where the memory goes, at --ctx or at the largest context of the first row that fits."""
+    """Left: the largest contexts; right: where the memory goes, at --ctx or at the largest context of the first row that fits."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -206,13 +206,18 @@ def draw(path: str, shape: Shape, rows: "list[Row]", args: argparse.Namespace) -
     at = args.ctx or next((row.n_ctx for row in rows if row.n_ctx), 0) or 4096
     splits = [row_at(shape, row.cache, at, args) for row in rows]
     names = [row.cache for row in rows]
-    figure = Figure(figsize=(11, 0.6 + 0.38*max(len(rows), 4)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    left.barh(names, [row.n_ctx/1024 for row in rows], color=["#2f9e8f" if "kvarn" in name else "#8c8c8c" for name in names])
-    left.invert_yaxis()
-    left.set_xlabel("largest context, in 1024 tokens; dotted: as trained" if not args.ctx else f"context asked for: {args.ctx}")
-    if shape.n_ctx_train and not args.ctx:
-        left.axvline(shape.n_ctx_train/1024, color="black", linewidth=0.8, linestyle=":")
+    budget = budget_of(args)
+    figure = Figure(figsize=(11 if budget is not None else 6, 0.6 + 0.38*max(len(rows), 4)), layout="constrained")
+    if budget is not None:
+        left, right = figure.subplots(1, 2, sharey=True)
+        contexts = [largest(shape, row.cache, args).n_ctx/1024 for row in rows]
+        left.barh(names, contexts, color=["#2f9e8f" if "kvarn" in name else "#8c8c8c" for name in names])
+        left.set_xlabel("largest context, in 1024 tokens; dotted: as trained")
+        if shape.n_ctx_train:
+            left.axvline(shape.n_ctx_train/1024, color="black", linewidth=0.8, linestyle=":")
+    else:
+        right = figure.subplots()
+    right.invert_yaxis()
     start = [0.0]*len(rows)
     for part, color in (("weights", "#bdbdbd"), ("kv", "#1f5fa8"), ("tail", "#7a4fa3"), ("spare", "#c9a3d8"),
                         ("state", "#bf7f3f"), ("compute", "#e0b060"), ("reserve", "#e6e6e6")):
@@ -221,7 +226,6 @@ def draw(path: str, shape: Shape, rows: "list[Row]", args: argparse.Namespace) -
             label = {"kv": "keys and values", "compute": "compute (est.)"}.get(part, part)
             right.barh(names, values, left=start, color=color, label=label)
             start = [a + b for a, b in zip(start, values)]
-    budget = budget_of(args)
     if budget is not None:
         right.axvline(budget/UNITS["G"], color="#c23b4e", linewidth=1)
     right.set_xlabel(f"GiB at {at} tokens")
