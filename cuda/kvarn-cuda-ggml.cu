@@ -27,6 +27,7 @@ bool ggml_cuda_kvarn_supported(int device, const ggml_tensor * op) {
             return kvarn_is_valid(shape.D, shape.bits) || shape.bits == KVARN_BITS_EXACT;
         }
         case KVARN_OP_ATTN:
+            return ggml_kvarn_get_attn_shape(op).chunk != 0 || ggml_cuda_kvarn_prompt_supported(device, op);
         case KVARN_OP_REDUCE:
             return true;
     }
@@ -100,7 +101,11 @@ bool ggml_cuda_op_kvarn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
                     ggml_kvarn_get_s0(dst), dst->ne[3], stream));
         } break;
         case KVARN_OP_ATTN:
-            CUDA_CHECK(kvarn_attn(kvarn_attn_args_of(dst), stream));
+            if (ggml_kvarn_get_attn_shape(dst).chunk == 0) {
+                ggml_cuda_kvarn_prompt(ctx, dst);
+            } else {
+                CUDA_CHECK(kvarn_attn(kvarn_attn_args_of(dst), stream));
+            }
             break;
         case KVARN_OP_REDUCE:
             ggml_cuda_kvarn_reduce(ctx, dst, dst);

@@ -12,6 +12,10 @@ bool ggml_cuda_op_kvarn(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 // REDUCE into out, rotated as out says; out is the node itself if it is not rotated
 void ggml_cuda_kvarn_reduce(ggml_backend_cuda_context & ctx, ggml_tensor * reduce, ggml_tensor * out);
 
+// ATTN of a prompt: the whole attention, see kvarn-prompt-ggml.cu
+bool ggml_cuda_kvarn_prompt_supported(int device, const ggml_tensor * node);
+void ggml_cuda_kvarn_prompt(ggml_backend_cuda_context & ctx, ggml_tensor * node);
+
 // Before memory is given out: tensors that have to be kept until a later node, so that nodes can be fused.
 typedef void (*kvarn_keep_t)(void * data, ggml_tensor * tensor, ggml_tensor * until);
 void ggml_cuda_kvarn_keep(ggml_cgraph * graph, kvarn_keep_t keep, void * data);

@@ -62,9 +62,9 @@ cudaError_t kvarn_attn_any      (const kvarn_attn_args & a, cudaStream_t stream)
 cudaError_t kvarn_reduce(const float * part, const float * sinks, float * out, int D, int n, int n_head, int cap, int n_split,
                          cudaStream_t stream, int n_rot = 0, bool is_behind = true);
 
-// GET: tiles map[stream][i], i < n_used -> f16 rows [stream][i*128 + t][head][D]
+// GET: tiles map[stream][i], i < n_used -> f16 rows [stream][i*128 + t][head][D] of heads h0 .. h0 + n_heads - 1; n_heads 0: all
 cudaError_t kvarn_get(int side, int bits, int D, int H, const uint8_t * tiles, const half * tail, const int64_t * map, half * out,
-                      int n_used, int n_tiles, int s0, int n_stream, cudaStream_t stream);
+                      int n_used, int n_tiles, int s0, int n_stream, cudaStream_t stream, int h0 = 0, int n_heads = 0);
 
 // SEAL: pairs (slot, tile) of the list, slot -1: nothing
 cudaError_t kvarn_seal(int side, int bits, int D, int H, const half * tail, const int64_t * list, int n_list, uint8_t * tiles,

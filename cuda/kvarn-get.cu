@@ -36,24 +36,23 @@ static __device__ __forceinline__ uint32_t kvarn_slot(int bits, int s, uint32_t 
 }
 
 static __global__ void __launch_bounds__(THREADS) kvarn_get_kernel(int side, int bits, int D, int H, const uint8_t * tiles,
-        const half * tail,
-                                                                 const int64_t * map, half * out, int n_used, int n_tiles,
-                                                                         int s0) {
+        const half * tail, const int64_t * map, half * out, int n_used, int n_tiles, int s0, int h0, int n_heads) {
     __shared__ __align__(8) half rows[KVARN_G][CHANNELS + 4];
 
-    const int h = blockIdx.x % H, i = blockIdx.x/H, s = blockIdx.y, x = threadIdx.x;
-    const int64_t stride = (int64_t) D*H;
+    const int i = blockIdx.x/n_heads, s = blockIdx.y, x = threadIdx.x;
+    const int h = h0 + blockIdx.x % n_heads;
+    const int64_t stride = (int64_t) D*n_heads; // of the result
     const int64_t index  = (int64_t) (s0 + s)*n_tiles + i;
     const int64_t where  = map[index];
-    half * dst = out + ((int64_t) s*n_used + i)*KVARN_G*stride + h*D;
+    half * dst = out + ((int64_t) s*n_used + i)*KVARN_G*stride + (h - h0)*D;
 
     if (where != -1 || bits == EXACT_BITS) {
         const uint4 * src  = nullptr;
         int64_t src_stride = 0; // in 16 bytes, D % 16 == 0
         uint32_t flip      = 0;
         if (where >= 0) {
-            src = (const uint4 *) (tail + where*KVARN_G*stride + h*D);
-            src_stride = stride/8;
+            src = (const uint4 *) (tail + where*KVARN_G*D*H + h*D);
+            src_stride = (int64_t) D*H/8;
         } else if (where == -1) {
             src = (const uint4 *) (tiles + (index*H + h)*kvarn_tile_size(D, bits));
             src_stride = D/8;
@@ -120,9 +119,10 @@ static __global__ void __launch_bounds__(THREADS) kvarn_get_kernel(int side, int
 }
 
 cudaError_t kvarn_get(int side, int bits, int D, int H, const uint8_t * tiles, const half * tail, const int64_t * map, half * out,
-                      int n_used, int n_tiles, int s0, int n_stream, cudaStream_t stream) {
-    KVARN_LAUNCH(kvarn_get_kernel, dim3(n_used*H, n_stream), THREADS, 0, stream, side, bits, D, H, tiles, tail, map, out, n_used,
-            n_tiles, s0);
+                      int n_used, int n_tiles, int s0, int n_stream, cudaStream_t stream, int h0, int n_heads) {
+    n_heads = n_heads ? n_heads : H;
+    KVARN_LAUNCH(kvarn_get_kernel, dim3(n_used*n_heads, n_stream), THREADS, 0, stream, side, bits, D, H, tiles, tail, map, out,
+            n_used, n_tiles, s0, h0, n_heads);
     return cudaGetLastError();
 }
 

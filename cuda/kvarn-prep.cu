@@ -43,6 +43,7 @@ static __global__ void __launch_bounds__(THREADS) kvarn_prep_kernel(const kvarn_
 
     const int warp = threadIdx.x/32;
     float * buffer = (float *) shared + warp*KVARN_D_MAX;
+    const int64_t slot = a.n_list > 0 ? a.list[0] : -1; // on its way while rows are rotated
     int block = blockIdx.x;
 
     for (int side = 0; side < 2; ++side) {
@@ -57,9 +58,10 @@ static __global__ void __launch_bounds__(THREADS) kvarn_prep_kernel(const kvarn_
             kvarn_rotate(s.cur + t*stride + block*s.D, s.tail + s.rows[t]*stride + block*s.D, s.D, s.n_rot, buffer);
         }
         for (int n = 0; n < a.n_list; ++n) {
-            if (a.list[2*n] >= 0) {
+            const int64_t from = n ? a.list[2*n] : slot;
+            if (from >= 0) {
                 __syncthreads(); // the rows are there; the last tile is done
-                kvarn_seal_head<in_shared>(side, s.bits, s.D, H, block, s.tail, a.list[2*n], a.list[2*n + 1], s.tiles, shared);
+                kvarn_seal_head<in_shared>(side, s.bits, s.D, H, block, s.tail, from, a.list[2*n + 1], s.tiles, shared);
             }
         }
         return;

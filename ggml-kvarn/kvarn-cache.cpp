@@ -261,7 +261,8 @@ void llama_kvarn::finish(std::unordered_map<int64_t, std::vector<float>> & hadam
         unpacked += most;
     }
     if (unpacked > 0) {
-        LLAMA_LOG_INFO("kvarn: prompts of more than 16 tokens unpack up to %7.2f MiB, one layer at a time\n", unpacked/1024.0/1024.0);
+        LLAMA_LOG_INFO("kvarn: a prompt unpacks one layer at a time: up to %.2f MiB of f16 (CUDA: %.0f MiB at once, KVARN_WINDOW)\n",
+                unpacked/1024.0/1024.0, kvarn_window_size()/1024.0/1024.0);
     }
     if (n_sink > 0) {
         LLAMA_LOG_INFO("kvarn: the first %u tokens of every sequence stay in the tail (KVARN_SINK)\n", n_sink_tiles()*KVARN_G);

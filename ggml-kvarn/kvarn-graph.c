@@ -6,6 +6,7 @@
 #include "ggml-backend.h"
 #include "ggml-impl.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 // op_params: word 0 = enum kvarn_op, words 1.. = struct kvarn_shape, then s0
@@ -20,6 +21,12 @@ int kvarn_type_bits(enum ggml_type type) {
         case GGML_TYPE_KVARN4: return 4;
         default:               return 0;
     }
+}
+
+size_t kvarn_window_size(void) {
+    const char * value = getenv("KVARN_WINDOW");
+    const int    mib   = value ? atoi(value) : 0;
+    return (size_t) (mib > 0 ? mib : 160) << 20;
 }
 
 static void kvarn_set_params(struct ggml_tensor * node, enum kvarn_op op, struct kvarn_shape shape, int32_t s0) {
@@ -140,6 +147,34 @@ static bool kvarn_is_host(const struct ggml_tensor * tiles) {
     return !t->buffer || ggml_backend_buffer_is_host(t->buffer);
 }
 
+static ggml_backend_dev_t kvarn_device(const struct ggml_tensor * tiles) {
+    const struct ggml_tensor * t = tiles->view_src ? tiles->view_src : tiles;
+    return ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
+}
+
+// CUDA attends a prompt in one node that unpacks some heads at a time; elsewhere GET unpacks all of them for flash attention.
+static bool kvarn_device_has_prompt(const struct ggml_tensor * tiles) {
+    ggml_backend_dev_t dev = kvarn_device(tiles);
+    ggml_backend_reg_t reg = dev ? ggml_backend_dev_backend_reg(dev) : NULL;
+    return reg && strcmp(ggml_backend_reg_name(reg), "CUDA") == 0;
+}
+
+static void kvarn_set_attn_sources(
+        struct ggml_tensor  * node,
+        struct ggml_tensor  * q,
+        struct ggml_tensor  * mask,
+        struct ggml_tensor  * plan,
+        struct ggml_tensor ** get,
+        struct ggml_tensor ** kv) {
+    node->src[KVARN_SRC_Q]    = q;
+    node->src[KVARN_SRC_PLAN] = plan;
+    node->src[KVARN_SRC_MASK] = mask;
+    for (int side = 0; side < 2; ++side) {
+        node->src[side == KVARN_KEY ? KVARN_SRC_K_TILES : KVARN_SRC_V_TILES] = get[side] ? get[side]->src[2] : NULL;
+        node->src[side == KVARN_KEY ? KVARN_SRC_K_ROWS  : KVARN_SRC_V_ROWS ] = get[side] ? get[side]->src[0] : kv[side];
+    }
+}
+
 struct ggml_tensor * ggml_kvarn_attn(
         struct ggml_context * ctx,
         struct ggml_tensor  * q,
@@ -157,8 +192,9 @@ struct ggml_tensor * ggml_kvarn_attn(
         return NULL;
     }
 
-    const struct ggml_tensor * any   = get[KVARN_KEY] ? get[KVARN_KEY] : get[KVARN_VALUE];
-    if (q->ne[1] > ATTN_ROWS_MAX && !kvarn_is_host(any->src[2])) {
+    const struct ggml_tensor * any       = get[KVARN_KEY] ? get[KVARN_KEY] : get[KVARN_VALUE];
+    const bool                 is_prompt = q->ne[1] > ATTN_ROWS_MAX && !kvarn_is_host(any->src[2]);
+    if (is_prompt && !kvarn_device_has_prompt(any->src[2])) {
         return NULL;
     }
     const struct kvarn_shape   plan  = ggml_kvarn_get_shape(any);
@@ -174,7 +210,7 @@ struct ggml_tensor * ggml_kvarn_attn(
     for (int side = 0; side < 2; ++side) {
         shape.D   [side] = (int32_t) kv[side]->ne[0];
         shape.bits[side] = get[side] ? ggml_kvarn_get_shape(get[side]).bits : 0;
-        if (shape.bits[side] == KVARN_BITS_EXACT) {
+        if (shape.bits[side] == KVARN_BITS_EXACT && !is_prompt) {
             return NULL; // has to be what flash attention computes, to the last bit
         }
         if (!get[side] && (kv[side]->type != GGML_TYPE_F16 || kv[side]->nb[0] != sizeof(ggml_fp16_t) ||
@@ -186,6 +222,14 @@ struct ggml_tensor * ggml_kvarn_attn(
     GGML_ASSERT(k->ne[1] == v->ne[1] && k->ne[2] == v->ne[2] && k->ne[1] % KVARN_G == 0 && q->ne[2] % k->ne[2] == 0);
     GGML_ASSERT(mask->type == GGML_TYPE_F16 && mask->ne[0] == k->ne[1] && mask->ne[1] >= q->ne[1] && mask->ne[2] == 1);
 
+    if (is_prompt) {
+        struct ggml_tensor * prompt = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, shape.D[KVARN_VALUE], q->ne[2], q->ne[1], q->ne[3]);
+        kvarn_set_attn_params(prompt, KVARN_OP_ATTN, shape); // chunk 0
+        kvarn_set_attn_sources(prompt, q, mask, any->src[1], get, kv);
+        prompt->src[KVARN_SRC_SINKS] = sinks;
+        return ggml_backend_dev_supports_op(kvarn_device(any->src[2]), prompt) ? prompt : NULL;
+    }
+
     const int64_t n_used   = k->ne[1]/KVARN_G;
     const bool    is_host  = kvarn_is_host(any->src[2]);
     const int64_t n_max    = !is_host ? MAX(CHUNKS_MAX, CHUNKS_DEVICE/(shape.H*q->ne[3])) : q->ne[1] <= ATTN_ROWS_MAX ? CHUNKS_MAX : 1;
@@ -195,13 +239,7 @@ struct ggml_tensor * ggml_kvarn_attn(
     struct ggml_tensor * part = ggml_new_tensor_4d(ctx, GGML_TYPE_F32,
             shape.D[KVARN_VALUE] + 2, (n_used + shape.chunk - 1)/shape.chunk + (is_host ? 0 : CHUNKS_OPEN), q->ne[1]*q->ne[2], q->ne[3]);
     kvarn_set_attn_params(part, KVARN_OP_ATTN, shape);
-    part->src[KVARN_SRC_Q]     = q;
-    part->src[KVARN_SRC_PLAN]  = any->src[1];
-    part->src[KVARN_SRC_MASK]  = mask;
-    for (int side = 0; side < 2; ++side) {
-        part->src[side == KVARN_KEY ? KVARN_SRC_K_TILES : KVARN_SRC_V_TILES] = get[side] ? get[side]->src[2] : NULL;
-        part->src[side == KVARN_KEY ? KVARN_SRC_K_ROWS  : KVARN_SRC_V_ROWS ] = get[side] ? get[side]->src[0] : kv[side];
-    }
+    kvarn_set_attn_sources(part, q, mask, any->src[1], get, kv);
 
     struct ggml_tensor * result = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, shape.D[KVARN_VALUE], q->ne[2], q->ne[1], q->ne[3]);
     kvarn_set_attn_params(result, KVARN_OP_REDUCE, shape);

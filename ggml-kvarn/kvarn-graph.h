@@ -47,6 +47,9 @@ struct kvarn_shape {
     int32_t n_tiles; // tiles per stream
 };
 
+// Bytes of f16 rows that a device unpacks at once where it attends a prompt a few heads at a time: KVARN_WINDOW in MiB, or 160 MiB
+GGML_API size_t kvarn_window_size(void);
+
 // code width of a cache type: 2, 3, 4; 0 for any other type
 GGML_API int kvarn_type_bits(enum ggml_type type);
 
@@ -97,7 +100,7 @@ struct kvarn_attn_shape {
     int32_t map_off;       // entries of the plan before the map
     int32_t n_tiles;       // per stream
     int32_t s0;
-    int32_t chunk;         // tiles of a partial result
+    int32_t chunk;         // tiles of a partial result; 0: the node is the whole attention of a prompt, without a REDUCE
     float   scale, max_bias, softcap;
 };
 

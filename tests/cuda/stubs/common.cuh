@@ -1,8 +1,10 @@
-// common.cuh - as much of ggml-cuda's common.cuh as kvarn-cuda-ggml.cu uses, for a device that is the CPU; after ggml-impl.h.
+// common.cuh - as much of ggml-cuda's common.cuh as our glue uses, for a device that is the CPU; after ggml-impl.h.
 //
 // SPDX-License-Identifier: MIT
 
 #pragma once
+
+#include <vector>
 
 #define GGML_CUDA_CC_TURING 750
 
@@ -17,6 +19,21 @@ inline const ggml_cuda_device_info & ggml_cuda_info() {
     return info;
 }
 
+struct ggml_cuda_pool {};
+
+template <typename T> struct ggml_cuda_pool_alloc {
+    explicit ggml_cuda_pool_alloc(ggml_cuda_pool &) {}
+    ggml_cuda_pool_alloc(ggml_cuda_pool &, size_t size) : data(size) {}
+
+    T * alloc(size_t size) { data.resize(size); return data.data(); }
+    T * get() { return data.data(); }
+
+    std::vector<T> data;
+};
+
 struct ggml_backend_cuda_context {
-    cudaStream_t stream() { return nullptr; }
+    ggml_cuda_pool none;
+
+    cudaStream_t     stream() { return nullptr; }
+    ggml_cuda_pool & pool()   { return none; }
 };
