@@ -117,12 +117,16 @@ static __device__ __forceinline__ void kvarn_let_kernel_behind_start() {
 }
 
 // Launches a kernel that begins with kvarn_wait_for_kernel_before() so that its blocks may be placed while the kernel before
-// ends. In code for older devices nothing waits: there it is an ordinary launch.
+// ends. In code for older devices nothing waits, and older drivers cannot keep such a launch in a graph: there it is an ordinary
+// one.
 template <typename... P, typename... A>
 static cudaError_t kvarn_launch_behind(void (*kernel)(P...), dim3 grid, int block, cudaStream_t stream, const A &... args) {
+#if CUDART_VERSION >= 12030
     cudaFuncAttributes f;
-    const cudaError_t error = cudaFuncGetAttributes(&f, (const void *) kernel);
-    if (error != cudaSuccess) {
+    int driver;
+    cudaError_t error;
+    if ((error = cudaFuncGetAttributes(&f, (const void *) kernel)) != cudaSuccess ||
+        (error = cudaDriverGetVersion(&driver)) != cudaSuccess) {
         return error;
     }
     cudaLaunchAttribute early = {};
@@ -133,8 +137,12 @@ static cudaError_t kvarn_launch_behind(void (*kernel)(P...), dim3 grid, int bloc
     config.blockDim = dim3(block);
     config.stream   = stream;
     config.attrs    = &early;
-    config.numAttrs = f.ptxVersion >= 90;
+    config.numAttrs = f.ptxVersion >= 90 && driver >= 12030;
     return cudaLaunchKernelEx(&config, kernel, P(args)...);
+#else
+    KVARN_LAUNCH(kernel, grid, block, 0, stream, P(args)...);
+    return cudaGetLastError();
+#endif
 }
 
 // --- copies to shared memory: one warp, one barrier per destination; sizes and addresses are multiples of 16 ---
