@@ -1,8 +1,8 @@
 """kvarn serve: an OpenAI-compatible server, with cache types by name.
 
 Runs the bundled llama-server, which needs nothing else; with --python, llama-cpp-python's server. llama-server's own web page is
-made with npm and not in this build: a small one of ours (web/index.html) takes its place. What comes after -- goes to that server as
-it is. SPDX-License-Identifier: MIT
+made with npm and not in this build: a small one of ours (web/index.html) takes its place. What comes after -- goes to that server
+as it is. SPDX-License-Identifier: MIT
 """
 
 import argparse
