@@ -164,7 +164,7 @@ def test_kv_sink(tiny, monkeypatch):
     plain = open_llama(tiny(), kv_type="kvarn").kv_size
     llm = open_llama(tiny(), kv_type="kvarn", kv_sink=100)
     assert os.environ["KVARN_SINK"] == "0"
-    one_tile = 2*2*2*128*128*2/2**20      # layers, sides, heads, D, rows, bytes
+    one_tile = 2*2*2*128*128*2/2**20      # layers, sides, heads, D, G, bytes
     assert llm.kv_size.tail_mib - plain.tail_mib == pytest.approx(one_tile, abs=0.01)
     again = pickle.loads(pickle.dumps(llm))
     assert again.kv_sink == 100 and again.kv_size == llm.kv_size
