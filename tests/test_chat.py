@@ -92,6 +92,15 @@ def test_run_answers_on_stdout_and_reports_on_stderr(talker):
 
 
 @pytest.mark.llama
+def test_sink_and_types_reach_the_cache(talker):
+    def mib(*words) -> float:
+        return float(re.search(r"KV \S+ ([\d.]+) MiB", run("run", talker, "hello", *SHORT, *words).stderr).group(1))
+
+    plain = mib("--sink", "0")
+    assert mib("--sink", "512") > plain + 0.9 and mib("--sink", "0", "--kv", "kvarn2") < plain
+
+
+@pytest.mark.llama
 def test_prompt_from_a_pipe_follows_the_words(tiny):
     model = tiny()
     assert run("run", model, "one\n\ntwo", "--raw", *SHORT).stdout == run("run", model, "one", "--raw", *SHORT, feed="two").stdout

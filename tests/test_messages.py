@@ -39,6 +39,8 @@ TABLE = [
     # numbers
     ("run {model} hello --ctx -1", 1, "--ctx and --max-tokens must be 0 or more"),
     ("chat {model} --threads 0", 1, "--threads 0: give 1 or more"),
+    ("run {model} hello --sink -1", 1, "--sink -1: give 0 or more tokens"),
+    ("serve {model} --sink -1", 1, "--sink -1: give 0 or more tokens"),
     ("serve {model} --port 99999", 1, "--port 99999: give a number from 1 to 65535"),
     ("serve {model} --ctx -5", 1, "--ctx must be 0 or more"),
     ("plan {model}", 1, "give --vram SIZE or --ram SIZE, what must fit, or --ctx N"),

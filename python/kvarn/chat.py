@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv", default="kvarn", metavar="TYPE", help="cache type: kvarn (= kvarn4/kvarn2), one of "
                         f"{', '.join(kvtype.NAMES)}, or KEYS/VALUES (default kvarn)")
     parser.add_argument("--ctx", type=int, default=0, metavar="N", help=f"context in tokens (default: as trained, <= {CTX})")
+    parser.add_argument("--sink", type=int, metavar="N", help="tokens at the start that stay exact (default: KVARN_SINK, or 0)")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="of one answer (default: as the context takes)")
     parser.add_argument("--temp", type=float, default=0.7, help="temperature; 0: always the likeliest token (%(default)s)")
@@ -132,7 +133,8 @@ class Talk:
         n_ctx = args.ctx or context_for(args.model)
         settings: "dict[str, Any]" = {"n_threads": args.threads, "n_threads_batch": args.threads} if args.threads else {}
         self.llm: "Llama" = Llama(args.model, kv_type=args.kv, n_ctx=n_ctx, n_gpu_layers=args.gpu_layers, flash_attn=True,
-                                  verbose=args.verbose, seed=args.seed if args.seed >= 0 else 0xffffffff, **settings)
+                                  kv_sink=args.sink, verbose=args.verbose,
+                                  seed=args.seed if args.seed >= 0 else 0xffffffff, **settings)
         self.has_template = "tokenizer.chat_template" in self.llm.metadata and not getattr(args, "raw", False)
         self.messages: "List[Message]" = []
         self.clear()
@@ -234,6 +236,8 @@ def check(args: argparse.Namespace) -> None:
     kvtype.parse(args.kv)
     if args.ctx < 0 or args.max_tokens < 0:
         raise ValueError("--ctx and --max-tokens must be 0 or more")
+    if args.sink is not None and args.sink < 0:
+        raise ValueError(f"--sink {args.sink}: give 0 or more tokens")
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads {args.threads}: give 1 or more")
 

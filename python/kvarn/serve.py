@@ -6,6 +6,7 @@ as it is. SPDX-License-Identifier: MIT
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv", default="kvarn", metavar="TYPE", help="cache type: kvarn (= kvarn4/kvarn2), one of "
                         f"{', '.join(kvtype.NAMES)}, or KEYS/VALUES (default kvarn)")
     parser.add_argument("--ctx", type=int, default=0, metavar="N", help="context in tokens (default: as trained, at most 32768)")
+    parser.add_argument("--sink", type=int, metavar="N", help="tokens at the start that stay exact (default: KVARN_SINK, or 0)")
     parser.add_argument("--host", default="127.0.0.1", help="(default %(default)s: only this machine)")
     parser.add_argument("--port", type=int, default=8080, help="(default %(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the server's choice")
@@ -53,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--port {args.port}: give a number from 1 to 65535")
     if args.ctx < 0:
         raise ValueError("--ctx must be 0 or more")
+    if args.sink is not None:
+        if args.sink < 0:
+            raise ValueError(f"--sink {args.sink}: give 0 or more tokens")
+        os.environ["KVARN_SINK"] = str(args.sink)
     if not Path(args.model).is_file():
         raise FileNotFoundError(f"no model at {args.model}")
     from .chat import context_for
