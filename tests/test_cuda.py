@@ -109,6 +109,17 @@ def on_cpu(kernels_on_cpu, tmp_path_factory) -> "dict[str, Path]":
     return {name: folder / name for name in ("bench-attn", "bench-seal")}
 
 
+@pytest.mark.parametrize("backend", ["HIP", "MUSA"])
+def test_other_vendors_get_a_refusal_and_no_kernels(backend, tmp_path):
+    """Their builds compile the same files, found by upstream's glob: the glue says no, which the cache turns into its line."""
+    tree = patched_tree() / "ggml"
+    objects = compile_for_cpu(sorted(CUDA.glob("*.cu")), tmp_path, f"-DGGML_USE_{backend}", f"-I{ROOT}/tests/cuda/stubs",
+                              f"-I{tree}/include", f"-I{tree}/src", "-include", "ggml-impl.h")
+    defined = {line.split()[2] for line in run("nm", "-C", "--defined-only", *objects).splitlines() if " T " in line}
+    assert {name.split("(")[0] for name in defined} == {f"ggml_cuda_{name}" for name in
+            ("kvarn_supported", "op_kvarn", "kvarn_keep", "kvarn_fuse")}
+
+
 def test_attention_on_the_cpu_agrees_with_float64(on_cpu):
     assert " 0 failed" in run(on_cpu["bench-attn"], "check", timeout=600)
 

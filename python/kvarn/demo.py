@@ -91,7 +91,7 @@ def decode(model: str, cache: str, tasks: "list[Task]", threads: int) -> Run:
     loader.close()
     n_ctx = max(N_CTX, *(len(prompt) + task.n_max + 1 for prompt, task in zip(prompts, tasks)))
     llm = Llama(model, kv_type=cache, n_ctx=n_ctx, n_ubatch=N_UBATCH, n_threads=threads, n_threads_batch=threads,
-                flash_attn=True, verbose=False)
+                n_gpu_layers=-1, flash_attn=True, verbose=False)
     vocabulary = llama_cpp.llama_model_get_vocab(llm.model)
     texts, n_tokens, seconds = [], 0, 0.0
     for number, (prompt, task) in enumerate(zip(prompts, tasks)):
