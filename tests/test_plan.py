@@ -104,7 +104,7 @@ def test_compute_buffer_is_covered_by_the_estimate(tiny, arch, settings):
     path = tiny(arch, **settings)
     for n_ctx in (4096, 16384):
         found = allocated(path, "f16", "f16", n_ctx, 512, 1, True)["compute"]
-        estimate = plan.compute_bytes(model_shape.load(path), n_ctx, 512, False)/MIB
+        estimate = plan.compute_bytes(model_shape.load(path), n_ctx, 512)/MIB
         assert found <= estimate <= 2*found + 4
 
 
@@ -298,3 +298,12 @@ def test_the_table_in_a_sentence(trained, vram, said):
     args = arguments("m", "--vram", vram)
     assert plan.verdict(shape, plan.plan(shape, args)).startswith(said)
     assert plan.verdict(shape, plan.plan(shape, arguments("m", "--vram", vram, "--caches", "f16"))) in ("", said)
+
+
+def test_what_a_gpu_unpacks_to_read_a_prompt():
+    shape = eight_b()
+    assert plan.unpacked_bytes(shape, 131072, "f16") == 0
+    assert plan.unpacked_bytes(shape, 131072, "q8_0") == 131072*8*2*128*2
+    assert plan.unpacked_bytes(shape, 131072, "kvarn") == plan.WINDOW
+    assert plan.unpacked_bytes(shape, 8192, "kvarn") == 8192*8*2*128*2, "all heads are less than the window"
+    assert plan.unpacked_bytes(shape, 1 << 20, "kvarn") == (1 << 20)*2*128*2, "one head is more"

@@ -26,6 +26,7 @@ EXAMPLE = """examples:
 CACHES = "f16,q8_0,q5_1,q5_0,q4_1,q4_0,iq4_nl,kvarn4,kvarn4/kvarn2,kvarn3,kvarn2"
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 MOST = 1 << 26          # tokens; nothing is trained for more
+WINDOW = 160 << 20      # bytes of a kvarn cache that CUDA unpacks at once
 
 
 @dataclass(frozen=True)
@@ -73,19 +74,29 @@ def size_in_bytes(text: str, what: str) -> int:
     return int(float(match.group(1))*UNITS[match.group(2).upper() or "G"])
 
 
-def compute_bytes(shape: Shape, n_ctx: int, n_ubatch: int, is_unpacked: bool) -> int:
-    """An estimate of the compute buffer: the mask, the widest rows alive at once, and one layer's keys and values as f16.
+def unpacked_bytes(shape: Shape, n_ctx: int, cache: str) -> int:
+    """What a GPU needs to turn a quantized cache into f16, one layer at a time, to read a prompt.
 
-    is_unpacked: a GPU turns any quantized cache into f16, one layer at a time, to read a prompt.
+    kvarn does it a few heads at a time, at most WINDOW bytes unless one head is more (KVARN_WINDOW, cuda/README.md).
     """
+    types = kvtype.parse(cache)
+    if not any(map(kvtype.is_quantized, types)):
+        return 0
+    most = 0
+    for layer in shape.layers:
+        if not layer.is_window:
+            head = 2*n_ctx*(layer.k + layer.v)
+            most = max(most, min(head*layer.heads, max(WINDOW, head)) if kvtype.is_kvarn(*types) else head*layer.heads)
+    return most
+
+
+def compute_bytes(shape: Shape, n_ctx: int, n_ubatch: int) -> int:
+    """An estimate of the compute buffer: the mask, and the widest rows alive at once."""
     n_ubatch = min(n_ubatch, n_ctx)
     mask = 2*n_ubatch*(n_ctx + (min(n_ctx, shape.window + n_ubatch) if shape.window else 0))
     heads = shape.n_head*max((layer.k for layer in shape.layers), default=0)
     widest = max(shape.n_vocab + 2*shape.n_embd, 3*shape.n_embd + 4*heads, 3*shape.n_embd + 3*shape.n_ff)
-    unpacked = 0
-    if is_unpacked:
-        unpacked = 2*n_ctx*max((layer.heads*(layer.k + layer.v) for layer in shape.layers if not layer.is_window), default=0)
-    return mask + 4*n_ubatch*widest + unpacked + (1 << 20)
+    return mask + 4*n_ubatch*widest + (1 << 20)
 
 
 def row_at(shape: Shape, cache: str, n_ctx: int, args: argparse.Namespace) -> Row:
@@ -98,7 +109,7 @@ def row_at(shape: Shape, cache: str, n_ctx: int, args: argparse.Namespace) -> Ro
     if refused:
         return Row(name, 0, False, weights, 0, 0, 0, 0, 0, reserve, refused)
     size = cache_size.of(here, keys, values, n_ctx, args.ubatch, args.sequences, sink=args.sink)
-    compute = compute_bytes(shape, size.n_ctx, args.ubatch, on_gpu and any(map(kvtype.is_quantized, (keys, values))))
+    compute = compute_bytes(shape, size.n_ctx, args.ubatch) + (unpacked_bytes(here, size.n_ctx, cache) if on_gpu else 0)
     row = Row(name, size.n_ctx, False, weights, size.key_bytes + size.value_bytes - size.spare_bytes, size.tail_bytes,
               size.spare_bytes, size.state_bytes, compute, reserve, "")
     budget = budget_of(args)
