@@ -17,6 +17,7 @@ from kvarn import report  # noqa: E402
 
 RESULTS = ROOT/"tests/bench/results/ablation.csv"
 EVAL = ROOT/"tests/bench/results/eval-tasks.csv"
+SHIFT = ROOT/"tests/bench/results/shift.csv"
 DEPTH = ROOT/"tests/bench/results/eval-tasks-depth.csv"
 MODELS = ("tasks", "text", "outliers")
 COLORS = {"kvarn": "#c23b4e", "paper": "#2f6fa8", "q": "#777777"}
@@ -137,6 +138,15 @@ def exact_tokens(data) -> str:
     return table(["exact f16 tokens", "kvarn2", "paper2", "q4_0, rotated"], body)
 
 
+def shifts(path=SHIFT) -> str:
+    """What moving keys costs."""
+    rows, body = typed(path), []
+    for cache in dict.fromkeys(row["cache"] for row in rows):
+        by_count = {row["shifts"]: row for row in rows if row["cache"] == cache}
+        body.append([cache] + [f"{by_count[n]['kld_still']:.5f} / {by_count[n]['kld_moved']:.5f}" for n in (1, 2, 4, 7)])
+    return table(["KLD still / moved", "1 shift", "2", "4", "7"], body)
+
+
 def claims(data) -> str:
     body = []
     for what, over, under, model, field, bar in CLAIMS:
@@ -174,7 +184,7 @@ def texts(data) -> "dict[str, str]":
     return {
         "scope": f"{seeds} seeds; judged predictions: " + ", ".join(f"{model} {tokens[model]}" for model in MODELS) + ".",
         "claims": claims(data), "no_worse": no_worse(data), "headline": headline(data), "tail": headline(data, " tail 128"),
-        "ablation": ablation(data), "exact": exact_tokens(data), "quality": summary(data),
+        "ablation": ablation(data), "exact": exact_tokens(data), "shift": shifts(), "quality": summary(data),
         "library": report.markdown(typed(EVAL)),
     }
 
