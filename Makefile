@@ -23,7 +23,7 @@ test: .venv/tests-installed
 
 # half an hour of llama-server under a mixed load (tests/soak.py says what)
 soak: .venv/tests-installed
-	@$(BIN)/python tests/soak.py --minutes 30 --threads 2 --csv build/soak.csv $(ARGS)
+	@$(BIN)/python tests/soak.py --minutes 30 --csv build/soak.csv $(ARGS)
 
 setup: .venv/installed
 

@@ -60,7 +60,7 @@ STREAMS = ("--no-kv-unified", "-c", N_SLOTS*N_SLOT_CTX)
 SETUPS = [
     Setup("one pool, shift", "kvarn4", "kvarn2", (*UNIFIED, "--context-shift")),
     Setup("streams, shift, chunks reused", "kvarn2", "kvarn2", (*STREAMS, "--context-shift", "--cache-reuse", 32), True),
-    Setup("small pool", "kvarn4", "kvarn2", ("--kv-unified", "--kv-unified-per-slot", N_SLOT_CTX, "-c", 3*N_SLOT_CTX),
+    Setup("small pool", "kvarn4", "kvarn2", ("--kv-unified", "--kv-unified-per-slot", N_SLOT_CTX, "-c", 2*N_SLOT_CTX),
           may_run_out=True),
     Setup("draft model", None, None, UNIFIED, True),
     Setup("streams, n-grams", None, None, (*STREAMS, "--spec-type", "ngram-simple", "--spec-ngram-simple-size-n", 4)),
