@@ -29,7 +29,7 @@ def includes(tree: Path) -> "list[str]":
 
 
 def link(lib_dir: Path) -> "list[str]":
-    return [f"-L{lib_dir}", "-lllama", "-lggml", "-lggml-base", "-lggml-cpu", "-ldl", "-rdynamic",
+    return [f"-L{lib_dir}", "-lllama", "-lggml", "-lggml-base", "-lggml-cpu", "-ldl", "-pthread", "-rdynamic",
             f"-Wl,-rpath,{lib_dir}"]
 
 
@@ -63,6 +63,27 @@ def numbers(output: str) -> "dict[str, float]":
     """What a run counted."""
     pairs = [line.split() for line in output.splitlines()]
     return {pair[0]: float(pair[1]) for pair in pairs if len(pair) == 2 and pair[1][0].isdigit()}
+
+
+# what a sanitizer watches besides our own files; ggml's threads (with its own pool: OpenMP's is not instrumented) only for races
+NEAR = ("src/llama-kv-cache.cpp", "src/llama-kv-cache-iswa.cpp", "src/llama-context.cpp", "src/llama-batch.cpp",
+        "src/llama-graph.cpp")
+THREADS = ("ggml/src/ggml-cpu/ggml-cpu.c", "ggml/src/ggml-cpu/ops.cpp")
+
+
+def instrumented(folder: Path, tree: Path, flags: "list[str]", with_threads: bool, c: str = "gcc", cxx: str = "g++",
+                 sources: "list[Path] | None" = None) -> "list[str]":
+    """Objects to link in, where they take the place of what the libraries have: a whole build would take half an hour."""
+    if sources is None:
+        sources = [path for pattern in ("src/kvarn-*.cpp", "ggml/src/kvarn-*.c", "ggml/src/ggml-cpu/kvarn-*.c*")
+                   for path in sorted(tree.glob(pattern))]
+        sources += [tree/name for name in NEAR + (THREADS if with_threads else ())]
+    defines = ["-DNDEBUG", "-D_GNU_SOURCE", "-DLLAMA_SHARED", "-DGGML_SHARED", "-DGGML_USE_CPU", "-DGGML_USE_CPU_REPACK",
+               "-DGGML_USE_LLAMAFILE", "-DGGML_SCHED_MAX_COPIES=4", '-DGGML_VERSION="test"', '-DGGML_COMMIT="test"']
+    objects = [str(folder/f"{path.name}.o") for path in sources]
+    run_all([[*([c, "-std=gnu11"] if path.suffix == ".c" else [cxx, "-std=c++17"]), *flags, "-w", "-march=native", *defines,
+              *includes(tree), "-c", str(path), "-o", out] for path, out in zip(sources, objects)])
+    return objects
 
 
 class Mistaken:

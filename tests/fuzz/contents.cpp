@@ -29,6 +29,15 @@ public:
         memcpy(&value, take(sizeof(T)), sizeof(T));
         return value;
     }
+    // n values, aligned as the state's bytes are not
+    template <typename T> std::vector<T> get(size_t n) {
+        std::vector<T> values(n);
+        const uint8_t * src = take(n*sizeof(T));
+        if (n > 0) {
+            memcpy(values.data(), src, n*sizeof(T));
+        }
+        return values;
+    }
     void skip_string() { take(get<uint32_t>()); }
 
 private:
@@ -103,8 +112,9 @@ cache_contents read_f16_cache(reader & in) {
                 check(in.get<int32_t>() == GGML_TYPE_F16, "rows are not f16");
                 const size_t n = in.get<uint64_t>()/sizeof(ggml_fp16_t);
                 res.parts.push_back({ side, (int) il, res.row_size(), n });
+                const auto rows = in.get<ggml_fp16_t>(cells.size()*n);
                 for (size_t i = 0; i < cells.size(); ++i) {
-                    add_rows(cells, i, (const ggml_fp16_t *) in.take(n*sizeof(ggml_fp16_t)), n);
+                    add_rows(cells, i, rows.data() + i*n, n);
                 }
             }
         }
@@ -180,15 +190,15 @@ cache_contents read_kvarn_cache(reader & in) {
 
                 std::vector<ggml_fp16_t> rows(n_sealed*KVARN_G*n);
                 if (s.bits == 0) {
-                    memcpy(rows.data(), in.take(rows.size()*sizeof(rows[0])), rows.size()*sizeof(rows[0]));
+                    rows = in.get<ggml_fp16_t>(rows.size());
                 } else {
                     const kvarn_shape shape = { side, s.bits, D, H, 0, 0, 0 };
                     const size_t size = kvarn_tile_size(D, s.bits);
                     std::vector<float> scratch(KVARN_G*D + kvarn_seal_scratch(D));
                     for (uint32_t i = 0; i < n_sealed; ++i) {
-                        const uint8_t * tile = in.take(size*H);
+                        const auto tile = in.get<uint8_t>(size*H);
                         for (int h = 0; h < H; ++h) {
-                            kvarn_unseal_rows(&shape, tile + h*size, rows.data() + i*KVARN_G*n + h*D, scratch.data(),
+                            kvarn_unseal_rows(&shape, tile.data() + h*size, rows.data() + i*KVARN_G*n + h*D, scratch.data(),
                                     ggml_fp32_to_fp16_row);
                         }
                     }
@@ -196,8 +206,9 @@ cache_contents read_kvarn_cache(reader & in) {
                 for (size_t i = 0; i < sealed_rows.size(); ++i) {
                     add_rows(cells, i, rows.data() + sealed_rows[i]*n, n);
                 }
+                const auto open_rows = in.get<ggml_fp16_t>(n_rows*n);
                 for (size_t i = 0; i < n_rows; ++i) {
-                    add_rows(cells, sealed_rows.size() + i, (const ggml_fp16_t *) in.take(n*sizeof(ggml_fp16_t)), n);
+                    add_rows(cells, sealed_rows.size() + i, open_rows.data() + i*n, n);
                 }
                 for (auto & c : cells) {
                     rotate(c.rows.data() + res.parts.back().begin, n, s.n_rot);

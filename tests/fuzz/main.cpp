@@ -1,9 +1,9 @@
 // main.cpp - runs random programs on twins, each in a process of its own, and shrinks the first one that fails.
 //
-//   fuzz run MODEL N_OPS SEED LENGTH [exact=0] [shift=1] [faults=1] [threads=N]
+//   fuzz run MODEL N_OPS SEED LENGTH [exact=0] [shift=1] [faults=1] [twice=1] [threads=N]
 //                                                               random programs of LENGTH operations, about N_OPS in all
 //   fuzz replay MODEL FILE                                      one program
-//   fuzz create MODEL FILE                                      the same, after contexts that cannot be created for lack of memory
+//   fuzz create MODEL FILE                                      the same, after contexts for which there is no memory
 //   fuzz print SEED LENGTH [...]                                a random program as text
 //
 // Prints `name value` lines about what was done; on a failure also what differed and the shortest program found that shows it.
@@ -19,6 +19,7 @@
 #include <functional>
 #include <iostream>
 #include <sstream>
+#include <thread>
 
 #include <sys/wait.h>
 #include <unistd.h>
@@ -27,6 +28,7 @@ static const unsigned SECONDS_PER_PROGRAM = 300;
 static const int      SHRINK_RUNS         = 400;
 
 static bool is_creation = false; // contexts are created without memory before the program runs
+static bool is_twice    = false; // two threads run it, each with contexts of its own
 
 struct outcome {
     std::string failure; // "": none
@@ -36,29 +38,44 @@ struct outcome {
 
 // ---- one program in a child
 
-static void run_here(const tested_model & model, const program & p, int out) {
-    std::string failure;
-    uint32_t n_done = 0;
-    statistics stats;
+// what differed, "" if nothing did; out: where the number of each operation is written before it runs, -1: nowhere
+static std::string run_here(const tested_model & model, const program & p, int out, statistics & stats) {
     try {
         twins pair(model, p.set);
+        std::string failure;
         try {
             for (fault_kind kind : { FAULT_HOST, FAULT_BUFFER }) {
                 if (is_creation) {
                     pair.stats.n_faults += pair.create_without_memory(kind);
                 }
             }
-            for (const auto & op : p.ops) {
-                (void) !write(out, &n_done, sizeof(n_done));
-                pair.run(op);
-                n_done++;
+            for (uint32_t i = 0; i < p.ops.size(); ++i) {
+                if (out >= 0) {
+                    (void) !write(out, &i, sizeof(i));
+                }
+                pair.run(p.ops[i]);
             }
         } catch (const std::exception & error) {
             failure = error.what();
         }
         stats = pair.stats;
+        return failure;
     } catch (const std::exception & error) {
-        failure = error.what();
+        return error.what();
+    }
+}
+
+static void run_and_tell(const tested_model & model, const program & p, int out) {
+    statistics stats, other_stats;
+    std::string failure, other_failure;
+    std::thread other;
+    if (is_twice) {
+        other = std::thread([&] { other_failure = run_here(model, p, -1, other_stats); });
+    }
+    failure = run_here(model, p, out, stats);
+    if (is_twice) {
+        other.join();
+        failure += other_failure.empty() ? "" : " in the other thread: " + other_failure;
     }
     const uint32_t end = UINT32_MAX;
     (void) !write(out, &end, sizeof(end));
@@ -79,7 +96,8 @@ static outcome run_child(const tested_model & model, const program & p) {
         close(pipe_ends[0]);
         dup2(fileno(errors), STDERR_FILENO);
         alarm(SECONDS_PER_PROGRAM);
-        run_here(model, p, pipe_ends[1]);
+        run_and_tell(model, p, pipe_ends[1]);
+        llama_model_free(model.model);
         exit(0); // sanitizers report here
     }
     close(pipe_ends[1]);
@@ -203,7 +221,7 @@ static void print(const statistics & s) {
 }
 
 static tested_model load_model(const char * path) {
-    llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
+    llama_log_set(keep_log, nullptr);
     llama_backend_init();
     llama_model_params params = llama_model_default_params();
     tested_model res = { llama_model_load_from_file(path, params), 1, false };
@@ -233,6 +251,7 @@ int main(int argc, char ** argv) {
         sscanf(argv[i], "threads=%d", &c.threads);
         c.exact     = c.exact     && strcmp(argv[i], "exact=0") != 0;
         c.any_shift = c.any_shift || strcmp(argv[i], "shift=1") == 0;
+        is_twice    = is_twice    || strcmp(argv[i], "twice=1") == 0;
         c.faults    = c.faults    || strcmp(argv[i], "faults=1") == 0;
     }
     if ((mode == "replay" || mode == "create") && argc > 3) {
@@ -244,7 +263,9 @@ int main(int argc, char ** argv) {
         const tested_model model = load_model(argv[2]);
         const outcome o = run_child(model, p);
         print(o.stats);
-        return o.failure.empty() ? 0 : report(model, p, o, false);
+        const int status = o.failure.empty() ? 0 : report(model, p, o, false);
+        llama_model_free(model.model);
+        return status;
     }
     if (mode == "print" && argc > 3) {
         printf("%s", to_string(random_program(strtoull(argv[2], nullptr, 10), atoi(argv[3]), c)).c_str());
@@ -254,19 +275,24 @@ int main(int argc, char ** argv) {
         const tested_model model = load_model(argv[2]);
         const size_t n_ops = strtoull(argv[3], nullptr, 10);
         statistics sum;
+        int status = 0;
         for (uint64_t seed = strtoull(argv[4], nullptr, 10); n_done(sum) < n_ops; ++seed) {
             const program p = random_program(seed, atoi(argv[5]), c);
             const outcome o = run_child(model, p);
             add(sum, o.stats);
             if (!o.failure.empty()) {
                 printf("seed %llu\n", (unsigned long long) seed);
-                return report(model, p, o, true);
+                status = report(model, p, o, true);
+                break;
             }
         }
-        print(sum);
-        return 0;
+        if (status == 0) {
+            print(sum);
+        }
+        llama_model_free(model.model);
+        return status;
     }
-    fprintf(stderr, "usage: fuzz run MODEL N_OPS SEED LENGTH [exact=0] [shift=1] [faults=1] [threads=N]\n"
+    fprintf(stderr, "usage: fuzz run MODEL N_OPS SEED LENGTH [exact=0] [shift=1] [faults=1] [twice=1] [threads=N]\n"
                     "       fuzz replay|create MODEL FILE | fuzz print SEED LENGTH [..]\n");
     return 2;
 }

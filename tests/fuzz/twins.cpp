@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 
 static const int N_BATCH     = 1024;
 static const int POS_MAX     = 100000;
@@ -21,7 +22,7 @@ static const float LOGITS_EXACT  = 1e-4f;                        // the same, wi
 
 static thread_local std::string log_lines; // warnings and errors of the operation at hand
 
-static void keep_log(ggml_log_level level, const char * text, void *) {
+void keep_log(ggml_log_level level, const char * text, void *) {
     if (level == GGML_LOG_LEVEL_ERROR || level == GGML_LOG_LEVEL_WARN) {
         log_lines += text;
         if (log_lines.size() > 4000) {
@@ -41,7 +42,6 @@ static ggml_type type_of(int bits) {
 }
 
 twins::twins(const tested_model & model, const settings & set) : model(model), set(set) {
-    llama_log_set(keep_log, nullptr);
     create_both();
 }
 
@@ -49,19 +49,12 @@ twins::~twins() {
     free_both();
 }
 
-// only if it changes: another thread may be reading
-static void set_environment(const char * name, int value) {
-    const std::string text = std::to_string(value);
-    const char * now = getenv(name);
-    if (!now || text != now) {
-        setenv(name, text.c_str(), 1);
-    }
-}
-
 llama_context * twins::try_to_create(bool is_kvarn) const {
-    set_environment("KVARN_TEST_EXACT", set.exact);
-    set_environment("KVARN_STRICT", set.strict);
-    set_environment("KVARN_SINK", set.sink);
+    static std::mutex mutex; // two threads share the environment
+    std::lock_guard<std::mutex> lock(mutex);
+    setenv("KVARN_TEST_EXACT", std::to_string(set.exact).c_str(), 1);
+    setenv("KVARN_STRICT", std::to_string(set.strict).c_str(), 1);
+    setenv("KVARN_SINK", std::to_string(set.sink).c_str(), 1);
     llama_context_params params = llama_context_default_params();
     params.n_ctx           = set.unified ? set.n_ctx : set.n_ctx*set.n_seq;
     params.n_batch         = N_BATCH;
@@ -93,7 +86,7 @@ int twins::create_without_memory(fault_kind kind) const {
         const bool has_failed = disarm_fault();
         llama_free(ctx);
         if (has_failed && (ctx || log_lines.empty())) {
-            throw mismatch("allocation " + std::to_string(n) + " fails, " + (ctx ? "and there is a context" : "and no line says so"));
+            throw mismatch("allocation " + std::to_string(n) + " fails, and " + (ctx ? "there is a context" : "no line says so"));
         }
         if (!has_failed) {
             return n;

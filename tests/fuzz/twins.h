@@ -39,6 +39,9 @@ struct tested_model {
     bool          is_recurrent; // partly: sequences cannot be cut
 };
 
+// to be given to llama_log_set() once
+void keep_log(ggml_log_level level, const char * text, void *);
+
 class twins {
 public:
     twins(const tested_model & model, const settings & set);
