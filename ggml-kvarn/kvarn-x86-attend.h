@@ -36,12 +36,12 @@ V_FN void fold_tile(const int side, const int fast, const int bits, const int nv
             vec   acc[NV][2];
             float factor[2];
             dot_codes(side, fast, bits, pass, nv, n_r, tile + plane + 4*x, row_size, X, ahead, vectors, acc, factor);
-            for (int j = 0; j < 2; ++j) {
+            EACH(j, 2) {
                 const int f = (2*pass + j)*X + x;
                 const vec token = side == KVARN_KEY   ? v_load_f16(tile + kvarn_token_off(D, bits) + 2*f) : v_set(0.0f);
                 const vec scale = side == KVARN_VALUE ? v_load_f16(tile + kvarn_scale_off(D, bits) + 2*f) : v_set(0.0f);
                 const vec zero  = side == KVARN_VALUE ? v_load_f16(tile + kvarn_zero_off (D, bits) + 2*f) : v_set(0.0f);
-                for (int v = 0; v < nv; ++v) {
+                EACH(v, nv) {
                     const vec y = v_fma(acc[v][j], v_set(fold->step[v]*factor[j]), v_set(fold->base[v]));
                     float * o = out + v*F + f;
                     if (side == KVARN_KEY) {
@@ -92,7 +92,7 @@ V_FN void round_vectors(const int side, const int fast, int bits, int nv, int n,
     float inverse[NV];
     _mm_storeu_ps(inverse, inv);
     vec sum[NV];
-    for (int j = 0; j < NV; ++j) {
+    EACH(j, NV) {
         sum[j] = j < nv ? round_vector(fast, n, x + j*n, inverse[j], vectors + j*n/(fast ? 4 : 2)) : v_set(0.0f);
     }
     const __m128 step = _mm_mul_ps(m, _mm_set1_ps(1.0f/v_max));
@@ -116,7 +116,7 @@ V_FN void score_codes(const int fast, int bits, int D, int n_q, const uint8_t * 
     for (int i = 0; i < n_q; i += NV) {
         const int n = n_q - i < NV ? n_q - i : NV;
         vec max[NV], sum[NV];
-        for (int j = 0; j < NV; ++j) {
+        EACH(j, NV) {
             max[j] = sum[j] = v_set(0.0f);
             for (int d = 0; d < D && j < n; d += W) {
                 const vec qd = v_load(q + (i + j)*D + d);
@@ -145,7 +145,7 @@ V_FN void value_codes(const int fast, int bits, int D, int n_q, const uint8_t * 
     for (int i = 0; i < n_q; i += NV) {
         const int n = n_q - i < NV ? n_q - i : NV;
         vec max[NV], sum[NV];
-        for (int j = 0; j < NV; ++j) {
+        EACH(j, NV) {
             max[j] = sum[j] = v_set(0.0f);
             for (int t = 0; t < G && j < n; t += W) {
                 const vec xt = v_load(p + (i + j)*G + t)*v_load(token + t);
@@ -200,20 +200,20 @@ enum {
 
 V_FN void score_four(const int n, int D, const float * x, const float * q, float * s) {
     vec sum[NQ][4];
-    for (int j = 0; j < n; ++j) {
-        for (int k = 0; k < 4; ++k) {
+    EACH(j, n) {
+        EACH(k, 4) {
             sum[j][k] = v_set(0.0f);
         }
     }
     for (int d = 0; d < D; d += W) {
-        for (int j = 0; j < n; ++j) {
+        EACH(j, n) {
             const vec qd = v_load(q + j*D + d);
-            for (int k = 0; k < 4; ++k) {
+            EACH(k, 4) {
                 sum[j][k] = v_fma(v_load(x + k*D + d), qd, sum[j][k]);
             }
         }
     }
-    for (int j = 0; j < n; ++j) {
+    EACH(j, n) {
         _mm_storeu_ps(s + j*G, v_sum4(sum[j]));
     }
 }
@@ -235,25 +235,25 @@ V_TARGET static void score_rows(int D, int n_q, int t0, int t1, const uint16_t *
 // W*w channels of n outputs stay in registers while all rows pass
 V_FN void value_strip(const int n, const int w, int D, int t0, int t1, const float * x, const float * p, float * o) {
     vec r[NV][2];
-    for (int j = 0; j < n; ++j) {
-        for (int k = 0; k < w; ++k) {
+    EACH(j, n) {
+        EACH(k, w) {
             r[j][k] = v_load(o + j*D + W*k);
         }
     }
     for (int t = t0; t < t1; ++t) {
         vec xt[2];
-        for (int k = 0; k < w; ++k) {
+        EACH(k, w) {
             xt[k] = v_load(x + t*D + W*k);
         }
-        for (int j = 0; j < n; ++j) {
+        EACH(j, n) {
             const vec pt = v_set(p[j*G + t]);
-            for (int k = 0; k < w; ++k) {
+            EACH(k, w) {
                 r[j][k] = v_fma(pt, xt[k], r[j][k]);
             }
         }
     }
-    for (int j = 0; j < n; ++j) {
-        for (int k = 0; k < w; ++k) {
+    EACH(j, n) {
+        EACH(k, w) {
             v_store(o + j*D + W*k, r[j][k]);
         }
     }

@@ -6,17 +6,9 @@
 // v of kvarn-x86-attend.h has 16 bits, multiplied as two digits of 8: v = 256*high + low, both signed. A word of a tile is four
 // unsigned bytes as it lies there, after one AND per slot; of the fast mode, too, which has one digit.
 
-#include "kvarn-cpu.h"
+#include "kvarn-x86.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
-
-#include <immintrin.h>
-#include <math.h>
-#include <string.h>
-
-#define G     KVARN_G
-#define D_MAX KVARN_D_MAX
-#define NV    4 // vectors multiplied at a time
 
 // Largest v. Two digits: high is -127 .. 127. One digit: signed for keys, unsigned for values.
 // Sums fit in 32 bits: a code in place is at most 240.
@@ -142,14 +134,14 @@ V_FN void dot_codes(const int side, const int fast, const int bits, const int pa
     int place[2], down[2];
     __m512i mask[2];
     places_of(bits, pass, place);
-    for (int j = 0; j < 2; ++j) {
+    EACH(j, 2) {
         down  [j] = is_swapped && place[j] + bits > 7 ? place[j] + bits - 7 : 0;
         mask  [j] = _mm512_set1_epi8((char) (((1 << bits) - 1) << (place[j] - down[j])));
         factor[j] = 1.0f/(float) (1 << (place[j] - down[j]));
     }
     __m512i sum[NV][2][2];
-    for (int v = 0; v < nv; ++v) {
-        for (int i = 0; i < n_digits; ++i) {
+    EACH(v, nv) {
+        EACH(i, n_digits) {
             sum[v][i][0] = sum[v][i][1] = _mm512_setzero_si512();
         }
     }
@@ -158,8 +150,8 @@ V_FN void dot_codes(const int side, const int fast, const int bits, const int pa
         const __m512i c0 = _mm512_and_si512(down[0] ? _mm512_srli_epi16(z, (unsigned) down[0]) : z, mask[0]);
         const __m512i c1 = _mm512_and_si512(down[1] ? _mm512_srli_epi16(z, (unsigned) down[1]) : z, mask[1]);
         _mm_prefetch((const char *) ahead + R*row_size, _MM_HINT_T1);
-        for (int v = 0; v < nv; ++v) {
-            for (int i = 0; i < n_digits; ++i) {
+        EACH(v, nv) {
+            EACH(i, n_digits) {
                 const __m512i b = _mm512_set1_epi32(vectors[(v*n_digits + i)*(n_r/4) + R]);
                 if (is_swapped) {
                     ADD_PRODUCTS(sum[v][i][0], b, c0);
@@ -171,8 +163,8 @@ V_FN void dot_codes(const int side, const int fast, const int bits, const int pa
             }
         }
     }
-    for (int v = 0; v < nv; ++v) {
-        for (int j = 0; j < 2; ++j) {
+    EACH(v, nv) {
+        EACH(j, 2) {
             acc[v][j] = _mm512_cvtepi32_ps(sum[v][0][j]);
             if (!fast) {
                 acc[v][j] = v_fma(_mm512_cvtepi32_ps(sum[v][1][j]), v_set(256.0f), acc[v][j]);
@@ -227,9 +219,9 @@ V_FN void v_bytes(const vec q[1], uint8_t * p) {
 // Sums of the sixteen lanes of four rows, twice: lanes j and j + 8, j and j + 4, j and j + 2, 0 and 1.
 V_FN void v_sums(vec dots[2][4][1], __m128 * a, __m128 * b) {
     vec four[2]; // lanes j + j + 4 of four rows
-    for (int i = 0; i < 2; ++i) {
+    EACH(i, 2) {
         vec eight[2];
-        for (int m = 0; m < 2; ++m) {
+        EACH(m, 2) {
             const vec x = dots[i][2*m][0], y = dots[i][2*m + 1][0];
             eight[m] = _mm512_shuffle_f32x4(x, y, 0x44) + _mm512_shuffle_f32x4(x, y, 0xee);
         }

@@ -57,8 +57,8 @@ V_FN __m128 tiny_reciprocal(__m128 v) {
 }
 
 V_FN void v_zero(vec a[STEP][LV]) {
-    for (int k = 0; k < STEP; ++k) {
-        for (int j = 0; j < LV; ++j) {
+    EACH(k, STEP) {
+        EACH(j, LV) {
             a[k][j] = v_set(0.0f);
         }
     }
@@ -76,36 +76,36 @@ V_FN float largest_of(int n, const float * x) {
 
 V_FN void prepare_block(const int n, int D, const float * x, float * y, float * sum2) {
     vec s[SEAL_BLOCK];
-    for (int i = 0; i < n; ++i) {
+    EACH(i, n) {
         s[i] = v_set(0.0f);
     }
     for (int t = 0; t < G; ++t) {
-        for (int i = 0; i < n; ++i) {
+        EACH(i, n) {
             const vec v = v_sanitized(v_load(x + t*D + i*W));
             v_store(y + t*D + i*W, v);
             s[i] += v*v;
         }
     }
-    for (int i = 0; i < n; ++i) {
+    EACH(i, n) {
         v_store(sum2 + i*W, s[i]);
     }
 }
 
 V_FN void spread_block(const int n, int D, const float * y, const float * r, const float * ref, float * sum, float * sum2) {
     vec a[SEAL_BLOCK], s[SEAL_BLOCK], s2[SEAL_BLOCK];
-    for (int i = 0; i < n; ++i) {
+    EACH(i, n) {
         a[i] = v_load(ref + i*W);
         s[i] = s2[i] = v_set(0.0f);
     }
     for (int t = 0; t < G; ++t) {
         const vec rt = v_set(r[t]);
-        for (int i = 0; i < n; ++i) {
+        EACH(i, n) {
             const vec c = v_load(y + t*D + i*W)*rt - a[i];
             s [i] += c;
             s2[i] += c*c;
         }
     }
-    for (int i = 0; i < n; ++i) {
+    EACH(i, n) {
         v_store(sum  + i*W, s [i]);
         v_store(sum2 + i*W, s2[i]);
     }
@@ -130,20 +130,20 @@ V_FN int seal_prepare(struct seal * s, const float * x) {
         prepare_block(1, D, x + d, s->y + d, sum2 + d);
     }
     vec lanes[LV];
-    for (int j = 0; j < LV; ++j) {
+    EACH(j, LV) {
         lanes[j] = v_set(0.0f);
     }
     for (d = 0; d < D; d += 16) {
-        for (int j = 0; j < LV; ++j) {
+        EACH(j, LV) {
             lanes[j] += v_load(sum2 + d + j*W);
         }
-        for (int j = 0; j < LV; ++j) {
+        EACH(j, LV) {
             v_store(ref + d + j*W, v_set(0.0f));
         }
     }
     vec both[2][ROWS][LV];
-    for (int k = 0; k < ROWS; ++k) {
-        for (int j = 0; j < LV; ++j) {
+    EACH(k, ROWS) {
+        EACH(j, LV) {
             both[0][k][j] = both[1][k][j] = lanes[j];
         }
     }
@@ -163,9 +163,9 @@ V_FN int seal_prepare(struct seal * s, const float * x) {
             v_zero(a);
             v_zero(b);
             for (d = 0; d < D; d += 16) {
-                for (int j = 0; j < LV; ++j) {
+                EACH(j, LV) {
                     vec mean = v_load(ref + d + j*W);
-                    for (int k = 0; k < STEP; ++k) {
+                    EACH(k, STEP) {
                         const vec v = v_load(y + k*D + d + j*W)*scale;
                         v_store(y + k*D + d + j*W, v);
                         mean += v*part;
@@ -215,9 +215,9 @@ V_FN void seal_start(struct seal * s) {
             v_zero(a);
             v_zero(b);
             for (int d = 0; d < D; d += 16) {
-                for (int j = 0; j < LV; ++j) {
+                EACH(j, LV) {
                     const vec c = v_load(rc + d + j*W);
-                    for (int k = 0; k < STEP; ++k) {
+                    EACH(k, STEP) {
                         const vec v = v_load(y + (k0 + k)*D + d + j*W)*c;
                         a[k][j] += v;
                         b[k][j] += v*v;
@@ -232,12 +232,12 @@ V_FN void seal_start(struct seal * s) {
         const __m128 r = tiny_reciprocal(rows_std(D, sum, sum2));
         _mm_storeu_ps(s->r + t, r);
         vec rt[ROWS];
-        for (int k = 0; k < ROWS; ++k) {
+        EACH(k, ROWS) {
             rt[k] = v_set(s->r[t + k]);
         }
         for (int d = 0; d < D; d += W) {
             vec a = v_load(lo + d), b = v_load(hi + d);
-            for (int k = 0; k < ROWS; ++k) {
+            EACH(k, ROWS) {
                 const vec v = v_load(y + k*D + d)*rt[k];
                 a = v_min(a, v);
                 b = v_max(b, v);
@@ -283,12 +283,12 @@ V_FN void walk_add(struct seal * s, const int is_last, int t) {
     const float * y = s->y + t*D, * q = s->q + t%(2*ROWS)*D, * mid = s->mid;
     float * cc = s->cc, * cw = s->cw, * cy = s->cy, * wy = s->wy, * spread = s->spread;
     vec w[ROWS];
-    for (int k = 0; k < ROWS; ++k) {
+    EACH(k, ROWS) {
         w[k] = v_set(s->tok[t + k]);
     }
     for (int d = 0; d < D; d += W) {
         vec s0 = v_load(cc + d), s1 = v_load(cw + d), s2 = v_load(cy + d), s3 = v_load(wy + d);
-        for (int k = 0; k < ROWS; ++k) {
+        EACH(k, ROWS) {
             const vec yk = v_load(y + k*D + d);
             const vec c  = v_load(q + k*D + d)*w[k];
             s0 += c*c;
@@ -303,7 +303,7 @@ V_FN void walk_add(struct seal * s, const int is_last, int t) {
         if (is_last) {
             const vec m = v_load(mid + d);
             vec sum = v_load(spread + d);
-            for (int k = 0; k < ROWS; ++k) {
+            EACH(k, ROWS) {
                 const vec u = v_load(y + k*D + d) - w[k]*m;
                 sum += u*u;
             }
@@ -318,13 +318,13 @@ V_FN void walk_dots(struct coder coder, int D, const float * y, const float * r,
     vec a[STEP][LV], b[STEP][LV], rk[STEP];
     v_zero(a);
     v_zero(b);
-    for (int k = 0; k < STEP; ++k) {
+    EACH(k, STEP) {
         rk[k] = v_set(r[k]);
     }
     for (int d = 0; d < D; d += 16) {
-        for (int j = 0; j < LV; ++j) {
+        EACH(j, LV) {
             const int at = d + j*W;
-            for (int k = 0; k < STEP; ++k) {
+            EACH(k, STEP) {
                 const vec yk = v_load(y + k*D + at);
                 const vec c  = v_code(coder, yk*rk[k]*v_load(inv + at) + v_load(off + at));
                 v_store(q + k*D + at, c);
@@ -366,7 +366,7 @@ V_FN void seal_walk(struct seal * s, const int is_last) {
                                     _mm_min_ps(yv/vv, _mm_set1_ps(X_MAX)));
         _mm_storeu_ps(s->tok + t, w);
         _mm_storeu_ps(s->r   + t, tiny_reciprocal(w));
-        for (int k = 0; k < ROWS; ++k) {
+        EACH(k, ROWS) {
             ww += s->tok[t + k]*s->tok[t + k];
         }
     }
@@ -402,9 +402,9 @@ V_FN void round_dots(struct coder coder, int D, vec h, const float * y, const fl
     v_zero(a);
     v_zero(b);
     for (int d = 0; d < D; d += 16) {
-        for (int k = 0; k < STEP; ++k) {
+        EACH(k, STEP) {
             vec q[LV];
-            for (int j = 0; j < LV; ++j) {
+            EACH(j, LV) {
                 const int at = d + j*W;
                 const vec yk = v_load(y + k*D + at);
                 q[j] = v_code(coder, yk*v_set(r[k])*v_load(inv + at) + v_load(off + at)) + h;
@@ -528,7 +528,7 @@ V_FN void pack_values(int bits, int D, const uint8_t * code, word * words, uint8
     for (int R = 0; R < G/4; ++R) {
         for (int d = 0; d < D; d += 16) {
             __m128i row[4];
-            for (int k = 0; k < 4; ++k) {
+            EACH(k, 4) {
                 row[k] = _mm_loadu_si128((const __m128i *) (code + (4*R + k)*D + d));
             }
             const __m128i a0 = _mm_unpacklo_epi8(row[0], row[1]), a1 = _mm_unpackhi_epi8(row[0], row[1]);
@@ -566,7 +566,7 @@ V_FN void seal_tile(int side, int bits, int D, const float * x, uint8_t * tile, 
         return;
     }
     seal_start(&s);
-    for (int i = 0; i < 4; ++i) {
+    EACH(i, 4) {
         seal_walk(&s, 0);
         for (int d = 0; d < D; d += W) {
             const vec scale = fit_scale(&s, d);

@@ -5,18 +5,11 @@
 //
 // v of kvarn-x86-attend.h has 16 bits; in the fast mode 8, at half the multiplications and 100 times the rounding error.
 
-#include "kvarn-cpu.h"
+#include "kvarn-x86.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 
 #include <cpuid.h>
-#include <immintrin.h>
-#include <math.h>
-#include <string.h>
-
-#define G     KVARN_G
-#define D_MAX KVARN_D_MAX
-#define NV    4 // vectors multiplied at a time
 
 // Largest v. 16 bits: a code in place (see masks_of) is at most 240, and 240*16383*512 and 240*32767*128 fit in 32 bits.
 enum { W = 8, KEY_MAX = 16383, VALUE_MAX = 32767, KEY_MAX_FAST = 127, VALUE_MAX_FAST = 255 };
@@ -158,7 +151,7 @@ V_FN void dot_words(const int bits, const int pass, const int nv, int n_r, const
     const __m256i m0 = _mm256_set1_epi16((short) mask[0]);
     const __m256i m1 = _mm256_set1_epi16((short) mask[1]);
     __m256i sum[NV][2]; // not acc itself: it would be stored in every round
-    for (int v = 0; v < nv; ++v) {
+    EACH(v, nv) {
         sum[v][0] = sum[v][1] = _mm256_setzero_si256();
     }
     for (int R = 0; R < n_r/4; ++R) {
@@ -166,17 +159,17 @@ V_FN void dot_words(const int bits, const int pass, const int nv, int n_r, const
         const __m256i even = load_words(bits, pass, at + R*row_size, X);
         const __m256i e0 = _mm256_and_si256(even, m0);
         const __m256i e1 = _mm256_and_si256(even, m1);
-        for (int v = 0; v < nv; ++v) {
+        EACH(v, nv) {
             ADD_PRODUCTS(WORDS, "vpaddd", sum[v][0], sum[v][1], e0, e1, vectors[v*n_r/2 + 2*R]);
         }
         const __m256i odd = _mm256_srli_epi16(even, 8);
         const __m256i o0  = _mm256_and_si256(odd, m0);
         const __m256i o1  = _mm256_and_si256(odd, m1);
-        for (int v = 0; v < nv; ++v) {
+        EACH(v, nv) {
             ADD_PRODUCTS(WORDS, "vpaddd", sum[v][0], sum[v][1], o0, o1, vectors[v*n_r/2 + 2*R + 1]);
         }
     }
-    for (int v = 0; v < nv; ++v) {
+    EACH(v, nv) {
         acc[v][0] = sum[v][0];
         acc[v][1] = sum[v][1];
     }
@@ -190,13 +183,13 @@ V_FN void dot_bytes(const int side, const int bits, const int pass, const int nv
     const int at0 = bits == 2 ? 4*pass : bits == 4 ? 0 : pass < 3 ? 0 : 5;
     const int at1 = bits == 2 ? at0 + 2 : bits == 4 ? 4 : pass < 3 ? 3 : 2;
     const __m256i m = _mm256_set1_epi8((char) ((1 << bits) - 1));
-    for (int v = 0; v < nv; ++v) {
+    EACH(v, nv) {
         acc[v][0] = acc[v][1] = _mm256_setzero_si256();
     }
     for (int R0 = 0; R0 < n_r/4; R0 += run) {
         const int R1 = R0 + run < n_r/4 ? R0 + run : n_r/4;
         __m256i part[NV][2];
-        for (int v = 0; v < nv; ++v) {
+        EACH(v, nv) {
             part[v][0] = part[v][1] = _mm256_setzero_si256();
         }
         for (int R = R0; R < R1; ++R) {
@@ -204,7 +197,7 @@ V_FN void dot_bytes(const int side, const int bits, const int pass, const int nv
             const __m256i z  = load_words(bits, pass, at + R*row_size, X);
             const __m256i c0 = _mm256_and_si256(at0 ? _mm256_srli_epi16(z, at0) : z, m);
             const __m256i c1 = _mm256_and_si256(_mm256_srli_epi16(z, at1), m);
-            for (int v = 0; v < nv; ++v) {
+            EACH(v, nv) {
                 if (side == KVARN_KEY) {
                     ADD_PRODUCTS(BYTES_KEYS,   "vpaddw", part[v][0], part[v][1], c0, c1, vectors[v*n_r/4 + R]);
                 } else {
@@ -212,7 +205,7 @@ V_FN void dot_bytes(const int side, const int bits, const int pass, const int nv
                 }
             }
         }
-        for (int v = 0; v < nv; ++v) {
+        EACH(v, nv) {
             acc[v][0] = _mm256_add_epi32(acc[v][0], _mm256_madd_epi16(part[v][0], _mm256_set1_epi16(1)));
             acc[v][1] = _mm256_add_epi32(acc[v][1], _mm256_madd_epi16(part[v][1], _mm256_set1_epi16(1)));
         }
@@ -231,7 +224,7 @@ V_FN void dot_codes(const int side, const int fast, const int bits, const int pa
     } else {
         dot_words(bits, pass, nv, n_r, at, row_size, X, ahead, vectors, sum);
     }
-    for (int v = 0; v < nv; ++v) {
+    EACH(v, nv) {
         acc[v][0] = _mm256_cvtepi32_ps(sum[v][0]);
         acc[v][1] = _mm256_cvtepi32_ps(sum[v][1]);
     }
@@ -279,9 +272,9 @@ V_FN void v_bytes(const vec q[2], uint8_t * p) {
 // Sums of the sixteen lanes of four rows, twice: lanes j and j + 8, j and j + 4, j and j + 2, 0 and 1.
 V_FN void v_sums(vec dots[2][4][2], __m128 * a, __m128 * b) {
     __m128 pair[2];
-    for (int m = 0; m < 2; ++m) {
+    EACH(m, 2) {
         vec four[2]; // lanes j + j + 4 of two rows
-        for (int i = 0; i < 2; ++i) {
+        EACH(i, 2) {
             const vec x = dots[i][2*m][0] + dots[i][2*m][1], y = dots[i][2*m + 1][0] + dots[i][2*m + 1][1];
             four[i] = _mm256_permute2f128_ps(x, y, 0x20) + _mm256_permute2f128_ps(x, y, 0x31);
         }

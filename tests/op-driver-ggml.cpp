@@ -30,6 +30,11 @@ void ggml_backend_tensor_memset(ggml_tensor *, uint8_t, size_t, size_t) { abort(
 void ggml_backend_tensor_set(ggml_tensor *, const void *, size_t, size_t) { abort(); }
 ggml_backend_buffer_usage ggml_backend_buffer_get_usage(ggml_backend_buffer_t) { abort(); }
 bool ggml_backend_buffer_is_host(ggml_backend_buffer_t) { abort(); }
+ggml_backend_buffer_type_t ggml_backend_buffer_get_type(ggml_backend_buffer_t) { abort(); }
+ggml_backend_dev_t ggml_backend_buft_get_device(ggml_backend_buffer_type_t) { abort(); }
+ggml_backend_reg_t ggml_backend_dev_backend_reg(ggml_backend_dev_t) { abort(); }
+const char * ggml_backend_reg_name(ggml_backend_reg_t) { abort(); }
+bool ggml_backend_dev_supports_op(ggml_backend_dev_t, const ggml_tensor *) { abort(); }
 
 // a thread pool's barrier and counter, without its threads
 struct ggml_threadpool {
