@@ -43,7 +43,8 @@ def test_ggml_headers_only_in_glue():
     allowed = re.compile(r"(-ggml\.(c|cpp|cu|h)|kvarn-(graph|cache)[-a-z]*\.(c|cpp|h))$")
     for path, text in texts(*CODE):
         found = re.findall(r'#include\s+[<"]((?:ggml|llama)[^">]*)[">]', text)
-        assert not found or allowed.search(path.name), f"{path} includes {found[0]}; only the glue files know ggml"
+        is_caller = path.parts[:2] == ("tests", "fuzz")   # of llama.cpp's public API
+        assert not found or is_caller or allowed.search(path.name), f"{path} includes {found[0]}; only the glue files know ggml"
 
 
 def test_reference_imports_numpy_only():
