@@ -52,6 +52,23 @@ def test_moved_as_a_whole(tiny, exact, arch):
         assert session.nmse(wanted, context.feed(text[-1:], 999)) < EXACT
 
 
+@pytest.mark.parametrize("arch, how", [("mimo2", dict(rope_dim=32)), ("gemma3", dict(rope_dim=16, n_layer=6)), ("llama", dict(yarn=4.0)),
+                                       ("qwen3", dict(yarn=4.0))], ids=str)
+def test_a_part_of_the_channels_or_a_stretched_context(tiny, exact, arch, how):
+    """The first channels turned, the others not; YaRN, which also scales: as an f16 cache that is moved the same way."""
+    path, text = tiny(arch, head_dim=64, **how), tokens(500)
+    logits = []
+    for types in (("f16", "f16"), ("kvarn4", "kvarn4")):
+        with session.Context(path, *types, swa_full=True) as context:
+            context.feed(text[:-1])
+            context.add(0, 120, -1, 100)
+            logits.append(context.feed(text[-1:], 599))
+    with session.Context(path, swa_full=True) as context:
+        context.feed(text[:-1])
+        assert session.nmse(logits[0], context.feed(text[-1:], 499)) > 10*EXACT   # the model does look at positions
+    assert session.nmse(*logits) < EXACT
+
+
 @pytest.mark.parametrize("keys, values", PAIRS)
 @pytest.mark.parametrize("unified", [True, False], ids=["unified", "streams"])
 def test_context_shift(tiny, exact, keys, values, unified):

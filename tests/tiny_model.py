@@ -25,7 +25,7 @@ def byte_vocabulary():
 def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_head: int = 4, n_head_kv: int = 2, n_embd: int = 64,
           n_ff: int = 128, n_ctx: int = 131072, window: int = 256, loud: float = 0.0, loud_tokens: int = 0,
           gain: float = 2.0, seed: int = 1, value_dim: int = 0, kv_heads: "tuple[int, ...]" = (),
-          chat_template: str = "", nextn: int = 0):
+          chat_template: str = "", nextn: int = 0, rope_dim: int = 0, yarn: float = 0.0):
     """Writes a model to path and returns path.
 
     window       sliding window (gemma3, mimo2: of the first of two layers)
@@ -33,6 +33,8 @@ def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_he
     loud_tokens  so many bytes, from "0" on, share a direction that the keys amplify: tokens with keys a few times longer
     value_dim    head size of the values, kv_heads: KV heads of each layer (mimo2 only)
     gain         of queries and keys: the larger, the more a query looks at few tokens
+    rope_dim     channels that turn with the position; 0: all
+    yarn         factor of a context stretched by YaRN, from 256 tokens
     nextn        blocks that draft the token after the next (mimo2 only); the others then say less, so that drafts are often right
     """
     rng = np.random.default_rng(seed)
@@ -49,7 +51,11 @@ def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_he
     writer.add_head_count_kv(heads if kv_heads else n_head_kv)
     writer.add_key_length(head_dim)
     writer.add_value_length(value_dim)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(rope_dim or head_dim)
+    if yarn:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(yarn)
+        writer.add_rope_scaling_orig_ctx_len(256)
     writer.add_layer_norm_rms_eps(1e-6)
     if arch in ("gemma3", "mimo2"):
         writer.add_sliding_window(window)
