@@ -16,6 +16,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cmath>
 #include <new>
 
 // tiles of one graph: what it takes is a few f32 copies of their keys of one layer
@@ -179,11 +180,17 @@ private:
         const auto & kv      = kvarn.kv;
         const auto & cparams = lctx->get_cparams();
 
+        const float freq_scale = kv.model.get_rope_freq_scale(cparams, il);
+
+        // YaRN's length was given to the key when it was made: only turn it
+        const float length = cparams.yarn_ext_factor != 0.0f ? 1.0f/(1.0f + 0.1f*logf(1.0f/freq_scale)) : 1.0f;
+
         if (g.rot) {
             cur = llama_mul_mat_hadamard(g.ctx, cur, g.rot);
         }
-        cur = kv.build_rope_shift(cparams, g.ctx, cur, g.shift, nullptr, kv.model.get_rope_factors(cparams, il),
-                kv.model.get_rope_freq_base(cparams, il), kv.model.get_rope_freq_scale(cparams, il), il);
+        cur = ggml_rope_ext_inplace(g.ctx, cur, g.shift, kv.model.get_rope_factors(cparams, il), kv.hparams.n_rot(il), kv.hparams.rope_type,
+                cparams.n_ctx_orig_yarn, kv.model.get_rope_freq_base(cparams, il), freq_scale,
+                cparams.yarn_ext_factor, length, cparams.yarn_beta_fast, cparams.yarn_beta_slow);
         if (g.rot) {
             cur = llama_mul_mat_hadamard(g.ctx, cur, g.rot);
         }
