@@ -349,9 +349,11 @@ void llama_kvarn::apply(const slot_info & sinfo, const llama_ubatch & ubatch) {
         used[sinfo.strm[s]] = kv.v_cells[sinfo.strm[s]].get_used();
     }
 
+    // A restore can leave an owner with two tiles to fill. One more than the graph has entries for stays open until save().
+    const size_t n_max = n_seal(ubatch);
     seal_list.clear();
     for (uint32_t tile : touched) {
-        if (tiles[tile].state == OPEN && n_used(tile) == KVARN_G) {
+        if (tiles[tile].state == OPEN && n_used(tile) == KVARN_G && seal_list.size() < n_max) {
             mark_sealed(tile);
             seal_list.push_back(tile);
         }
