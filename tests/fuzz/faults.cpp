@@ -12,7 +12,7 @@
 #include <dlfcn.h>
 #include <execinfo.h>
 
-static const size_t FAULT_SIZE = 4096; // at least
+static const size_t FAULT_SIZE = 8192; // at least: rows and tiles are; what is smaller are lists for a batch
 
 static thread_local int  left  = -1; // allocations before the one that fails; -1: not armed
 static thread_local bool fired = false;

@@ -5,7 +5,7 @@
 #pragma once
 
 enum fault_kind : int {
-    FAULT_HOST,   // operator new below a function of kvarn, from 4 KiB on: rows and tiles in host memory
+    FAULT_HOST,   // operator new below a function of kvarn, from 8 KiB on: rows and tiles in host memory
     FAULT_BUFFER, // posix_memalign, but for ggml_init(), which aborts by itself: tensors and compute buffers
 };
 
