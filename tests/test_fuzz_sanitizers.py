@@ -99,7 +99,7 @@ def run_states(states, model: str, *arguments: str, **environment: str) -> str:
 
 
 def test_corpus_of_states(states, model):
-    """States that reached something new, 15 CPU minutes of them; the context decodes as before after each that is refused."""
+    """States that reached something new, from 10 CPU minutes; the context decodes as before after each that is refused."""
     corpus = sorted((FUZZ/"corpus").iterdir())
     assert corpus and sum(path.stat().st_size for path in corpus) <= 100*1024
     run_states(states, model, *map(str, corpus))
