@@ -346,7 +346,7 @@ void twins::load_both(int seq, uint32_t flags, const twin_states & states) {
         throw mismatch("a state is refused without a line");
     }
     stats.n_refused += !found;
-    if (!found && seq >= 0 && model.n_caches > 1) { // the second cache still has what it had, as upstream leaves it
+    if (!found && seq >= 0 && (model.n_caches > 1 || model.is_recurrent)) { // the second memory still has what it had: upstream's
         llama_memory_seq_rm(llama_get_memory(kvarn), seq, -1, -1);
     }
 }
