@@ -14,7 +14,7 @@ pytestmark = pytest.mark.llama
 
 KVARN = ("kvarn4", "kvarn2")
 N_TOKENS = 300      # two sealed tiles and an open one
-WRONG = 1e-9        # any NMSE above is a difference: the same context computes the same numbers
+WRONG = 1e-7        # NMSE: other chunks of tiles round p against other maxima, 6e-9; a wrong row in 700 makes 1e-3
 
 
 @pytest.fixture(autouse=True)
