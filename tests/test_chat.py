@@ -208,9 +208,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(talker):
     live = terminal.wait_for(r"\d\d tokens, [\d.]+ tok/s; context")
     assert "\0337\033[1;23r\0338" in live, "the last row is kept for the status"
     terminal.type("\x03")
-    after = terminal.wait_for("> ")
-    assert "[stopped]" in after or "tok/s" in after
-    assert "\033[r" in after, "the scrolling region is given back"
+    said = live + terminal.wait_for("> ")               # a model of random weights may have ended by itself just now
+    assert "[stopped]" in said or "KV kvarn2" in said
+    assert "\033[r" in said, "the scrolling region is given back"
     terminal.interrupt_until(r"\(Ctrl-D leaves\)")
     terminal.wait_for("> ")
     terminal.type("/size\n")
