@@ -288,27 +288,40 @@ def chat(args: argparse.Namespace) -> int:
     note(f"{talk.llm.metadata.get('general.name', args.model)}; {talk.llm.kv_size}; {talk.llm.n_ctx()} tokens. /help helps.")
     if not talk.has_template:
         note("the model has no chat template: each text is continued as it is")
-    for text in questions(is_terminal):
-        if text in ("/exit", "/quit", "/bye"):
-            break
-        if text == "/clear":
-            talk.clear()
-            note("forgotten")
-        elif text == "/size":
-            note(str(talk.llm.kv_size))
-        elif text.startswith("/help"):
-            note(COMMANDS)
-        else:
-            n_before = len(talk.messages)
-            try:
-                with StatusLine() as line:
-                    why = talk.answer(text, line)
-            except (RuntimeError, ValueError) as error:      # too long a text, mostly: the conversation goes on
-                del talk.messages[n_before:]
-                note(f"kvarn: {error}; /clear starts anew, a larger --ctx takes more")
-                continue
-            note(f"[{talk.status()}]" + (f" [{why}]" if why else ""))
-    return 0
+    while True:
+        try:
+            for text in questions(is_terminal):
+                if not reply(talk, text):
+                    break
+            return 0
+        except KeyboardInterrupt:  # between an answer and the prompt: the conversation goes on
+            if not is_terminal:
+                raise
+            note("\n(Ctrl-D leaves)")
+
+
+def reply(talk: "Talk", text: str) -> bool:
+    """An answer, or what a command says; False: the user leaves."""
+    if text in ("/exit", "/quit", "/bye"):
+        return False
+    if text == "/clear":
+        talk.clear()
+        note("forgotten")
+    elif text == "/size":
+        note(str(talk.llm.kv_size))
+    elif text.startswith("/help"):
+        note(COMMANDS)
+    else:
+        n_before = len(talk.messages)
+        try:
+            with StatusLine() as line:
+                why = talk.answer(text, line)
+        except (RuntimeError, ValueError) as error:      # too long a text, mostly: the conversation goes on
+            del talk.messages[n_before:]
+            note(f"kvarn: {error}; /clear starts anew, a larger --ctx takes more")
+            return True
+        note(f"[{talk.status()}]" + (f" [{why}]" if why else ""))
+    return True
 
 
 def run(args: argparse.Namespace) -> int:
