@@ -48,8 +48,8 @@ public:
         }
     }
 
-    // takes no memory: compact() has changed the cells by now
-    // rows [i0, i0 + n) to a tile's first cells: into its slot if it has one, and sealed if there are G of them
+    // Rows [i0, i0 + n) to a tile's first cells: into its slot if it has one, and sealed if there are G of them.
+    // Takes no memory: compact() has changed the cells by now.
     void write(uint32_t tile, size_t i0, size_t n) {
         if (row_size == 0) {
             return;
@@ -65,7 +65,7 @@ public:
         if (n == KVARN_G) {
             for (int32_t h = 0; h < layer->shape.H; ++h) {
                 kvarn_seal_rows(&layer->shape, (const ggml_fp16_t *) src + h*layer->shape.D,
-                        sealed.data() + h*sealed.size()/layer->shape.H, scratch.data(), ggml_fp16_to_fp32_row);
+                        sealed.data() + h*sealed.size()/layer->shape.H, scratch.data(), ggml_fp16_to_fp32_row, kvarn_seal_ref);
             }
             ggml_backend_tensor_set(layer->tiles, sealed.data(), tile*sealed.size(), sealed.size());
         }

@@ -44,7 +44,7 @@ public:
     }
 
 private:
-    // a view of plan entries, and what the graph is given
+    // what a graph is given
     struct inputs {
         std::vector<int32_t> shift; // by row
         std::vector<int32_t> rows;  // of the tail
@@ -234,9 +234,6 @@ private:
         set_input(g.plan,  in.plan.data());
         set_input(g.shift, in.shift.data());
         set_input(g.rows,  in.rows.data());
-        if (g.rot) {
-            set_input(g.rot, kvarn.kv.attn_rot_hadamard.at(g.rot->ne[0]).data());
-        }
         return lctx->graph_compute(res->get_gf(), true) == GGML_STATUS_SUCCESS;
     }
 

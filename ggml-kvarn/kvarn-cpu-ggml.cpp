@@ -92,14 +92,7 @@ static void kvarn_forward_seal(const ggml_compute_params * params, ggml_tensor *
             }
             const ggml_fp16_t * rows = (const ggml_fp16_t *) ((const char *) tail->data + slot*KVARN_G*tail->nb[1]) + h*shape.D;
             uint8_t           * out  = (uint8_t *) dst->data + (tile*shape.H + h)*tile_size;
-            if (shape.bits == KVARN_BITS_EXACT) {
-                kvarn_seal_rows(&shape, rows, out, scratch, ggml_cpu_fp16_to_fp32);
-                continue;
-            }
-            for (int t = 0; t < KVARN_G; ++t) {
-                ggml_cpu_fp16_to_fp32(rows + (int64_t) t*shape.D*shape.H, scratch + t*shape.D, shape.D);
-            }
-            kernels->seal(shape.side, shape.bits, shape.D, scratch, out, scratch + KVARN_G*shape.D);
+            kvarn_seal_rows(&shape, rows, out, scratch, ggml_cpu_fp16_to_fp32, kernels->seal);
         }
     }
 }

@@ -152,13 +152,6 @@ static ggml_backend_dev_t kvarn_device(const struct ggml_tensor * tiles) {
     return ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
 }
 
-// CUDA attends a prompt in one node that unpacks some heads at a time; elsewhere GET unpacks all of them for flash attention.
-static bool kvarn_device_has_prompt(const struct ggml_tensor * tiles) {
-    ggml_backend_dev_t dev = kvarn_device(tiles);
-    ggml_backend_reg_t reg = dev ? ggml_backend_dev_backend_reg(dev) : NULL;
-    return reg && strcmp(ggml_backend_reg_name(reg), "CUDA") == 0;
-}
-
 static void kvarn_set_attn_sources(
         struct ggml_tensor  * node,
         struct ggml_tensor  * q,
@@ -194,9 +187,6 @@ struct ggml_tensor * ggml_kvarn_attn(
 
     const struct ggml_tensor * any       = get[KVARN_KEY] ? get[KVARN_KEY] : get[KVARN_VALUE];
     const bool                 is_prompt = q->ne[1] > ATTN_ROWS_MAX && !kvarn_is_host(any->src[2]);
-    if (is_prompt && !kvarn_device_has_prompt(any->src[2])) {
-        return NULL;
-    }
     const struct kvarn_shape   plan  = ggml_kvarn_get_shape(any);
     struct kvarn_attn_shape    shape = {
         .H        = (int32_t) k->ne[2],
@@ -222,12 +212,13 @@ struct ggml_tensor * ggml_kvarn_attn(
     GGML_ASSERT(k->ne[1] == v->ne[1] && k->ne[2] == v->ne[2] && k->ne[1] % KVARN_G == 0 && q->ne[2] % k->ne[2] == 0);
     GGML_ASSERT(mask->type == GGML_TYPE_F16 && mask->ne[0] == k->ne[1] && mask->ne[1] >= q->ne[1] && mask->ne[2] == 1);
 
-    if (is_prompt) {
+    if (is_prompt) { // in one node that unpacks some heads at a time, where the device has it; else GET unpacks all of them
         struct ggml_tensor * prompt = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, shape.D[KVARN_VALUE], q->ne[2], q->ne[1], q->ne[3]);
         kvarn_set_attn_params(prompt, KVARN_OP_ATTN, shape); // chunk 0
         kvarn_set_attn_sources(prompt, q, mask, any->src[1], get, kv);
         prompt->src[KVARN_SRC_SINKS] = sinks;
-        return ggml_backend_dev_supports_op(kvarn_device(any->src[2]), prompt) ? prompt : NULL;
+        ggml_backend_dev_t dev = kvarn_device(any->src[2]);
+        return dev && ggml_backend_dev_supports_op(dev, prompt) ? prompt : NULL;
     }
 
     const int64_t n_used   = k->ne[1]/KVARN_G;
@@ -252,7 +243,8 @@ struct ggml_tensor * ggml_kvarn_attn(
 // Exact tiles keep their rows xor-ed, so that a tile read as if it were tail rows cannot go unnoticed.
 #define EXACT_XOR 0x5a5a
 
-void kvarn_seal_rows(const struct kvarn_shape * shape, const ggml_fp16_t * rows, uint8_t * tile, float * scratch, kvarn_to_f32_t to_f32) {
+void kvarn_seal_rows(const struct kvarn_shape * shape, const ggml_fp16_t * rows, uint8_t * tile, float * scratch,
+                     kvarn_to_f32_t to_f32, kvarn_seal_t seal) {
     const int     D      = shape->D;
     const int64_t stride = (int64_t) D*shape->H;
 
@@ -269,7 +261,7 @@ void kvarn_seal_rows(const struct kvarn_shape * shape, const ggml_fp16_t * rows,
     for (int t = 0; t < KVARN_G; ++t) {
         to_f32(rows + t*stride, scratch + t*D, D);
     }
-    kvarn_seal_ref(shape->side, shape->bits, D, scratch, tile, scratch + KVARN_G*D);
+    seal(shape->side, shape->bits, D, scratch, tile, scratch + KVARN_G*D);
 }
 
 void kvarn_unseal_rows(const struct kvarn_shape * shape, const uint8_t * tile, ggml_fp16_t * rows, float * scratch, kvarn_to_f16_t to_f16) {

@@ -112,12 +112,16 @@ GGML_API struct kvarn_shape ggml_kvarn_get_shape(const struct ggml_tensor * node
 GGML_API int64_t            ggml_kvarn_get_s0   (const struct ggml_tensor * node);
 
 // One head's G rows of a tail slot (rows D*H apart) to one tile and back. scratch: G*D + kvarn_seal_scratch(D) floats.
-// The conversion is the caller's: the CPU backend has fast ones.
+// The conversion is the caller's, and so is what seals, kvarn_seal_ref or a faster way to its bytes: the CPU backend has fast ones.
 typedef void (*kvarn_to_f32_t)(const ggml_fp16_t * x, float * y, int64_t n);
 typedef void (*kvarn_to_f16_t)(const float * x, ggml_fp16_t * y, int64_t n);
 
-GGML_API void kvarn_seal_rows  (const struct kvarn_shape * shape, const ggml_fp16_t * rows, uint8_t * tile, float * scratch, kvarn_to_f32_t to_f32);
-GGML_API void kvarn_unseal_rows(const struct kvarn_shape * shape, const uint8_t * tile, ggml_fp16_t * rows, float * scratch, kvarn_to_f16_t to_f16);
+typedef void (*kvarn_seal_t)(int side, int bits, int D, const float * x, uint8_t * tile, float * scratch);
+
+GGML_API void kvarn_seal_rows(const struct kvarn_shape * shape, const ggml_fp16_t * rows, uint8_t * tile, float * scratch,
+                              kvarn_to_f32_t to_f32, kvarn_seal_t seal);
+GGML_API void kvarn_unseal_rows(const struct kvarn_shape * shape, const uint8_t * tile, ggml_fp16_t * rows, float * scratch,
+                                kvarn_to_f16_t to_f16);
 
 // CPU backend: called from the hooks in ggml-cpu.c
 struct ggml_compute_params;

@@ -103,12 +103,6 @@ V_FN vec round_vector(const int fast, int n, const float * x, float inverse, int
 
 // --- codes times vectors ---
 
-// Lowest bits of slots 2*pass and 2*pass + 1 in the bytes of a word.
-V_FN void places_of(const int bits, const int pass, int place[2]) {
-    place[0] = bits == 2 ? 4*pass : bits == 4 ? 0 : pass < 3 ? 0 : 5;
-    place[1] = bits == 2 ? 4*pass + 2 : bits == 4 ? 4 : pass < 3 ? 3 : 2;
-}
-
 // Sixteen words with the two slots of a pass: those of the tile, or with 3 bits in the last pass what the planes leave over:
 //   bits 7..5 = A7 A6 B7 (slot 6), bits 4..2 = B6 C7 C6 (slot 7)
 V_FN __m512i load_words(const int bits, const int pass, const uint8_t * row, int X) {
@@ -236,10 +230,6 @@ V_FN void v_sums(vec dots[2][4][1], __m128 * a, __m128 * b) {
 
 #include "kvarn-x86-attend.h"
 #include "kvarn-x86-seal.h"
-
-V_TARGET static void seal(int side, int bits, int D, const float * x, uint8_t * tile, float * scratch) {
-    seal_tile(side, bits, D, x, tile, scratch);
-}
 
 const struct kvarn_cpu_kernels * kvarn_cpu_avx512(int fast) {
     static const struct kvarn_cpu_kernels kernels[2] = {

@@ -543,7 +543,7 @@ V_FN void pack_values(int bits, int D, const uint8_t * code, word * words, uint8
     }
 }
 
-V_FN void seal_tile(int side, int bits, int D, const float * x, uint8_t * tile, float * scratch) {
+V_TARGET static void seal(int side, int bits, int D, const float * x, uint8_t * tile, float * scratch) {
     struct seal s = { .side = side, .bits = bits, .D = D, .L = (float) ((1 << bits) - 1), .y = scratch };
     float * v = scratch + G*D;
     s.h      = 0.5f*s.L;

@@ -106,12 +106,12 @@ V_FN vec round_vector(const int fast, int n, const float * x, float inverse, int
 
 // Slots 2*pass and 2*pass + 1 stay where they lie in the bytes of a word: mask[j] finds them, factor[j] undoes the place.
 V_FN void masks_of(const int bits, const int pass, int mask[2], float factor[2]) {
-    const int at0 = bits == 2 ? 4*pass : bits == 4 ? 0 : pass < 3 ? 0 : 5;
-    const int at1 = bits == 2 ? at0 + 2 : bits == 4 ? 4 : pass < 3 ? 3 : 2;
-    mask  [0] = ((1 << bits) - 1) << at0;
-    mask  [1] = ((1 << bits) - 1) << at1;
-    factor[0] = 1.0f/(float) (1 << at0);
-    factor[1] = 1.0f/(float) (1 << at1);
+    int place[2];
+    places_of(bits, pass, place);
+    EACH(j, 2) {
+        mask  [j] = ((1 << bits) - 1) << place[j];
+        factor[j] = 1.0f/(float) (1 << place[j]);
+    }
 }
 
 // Eight words with the two slots of a pass: those of the tile, or with 3 bits in the last pass what the planes leave over:
@@ -180,8 +180,8 @@ V_FN void dot_words(const int bits, const int pass, const int nv, int n_r, const
 V_FN void dot_bytes(const int side, const int bits, const int pass, const int nv, int n_r, const uint8_t * at, int row_size,
                     int X, const uint8_t * ahead, const int32_t * vectors, __m256i acc[NV][2]) {
     const int run = (bits == 2 ? 32 : bits == 3 ? 16 : 8) >> (side == KVARN_VALUE);
-    const int at0 = bits == 2 ? 4*pass : bits == 4 ? 0 : pass < 3 ? 0 : 5;
-    const int at1 = bits == 2 ? at0 + 2 : bits == 4 ? 4 : pass < 3 ? 3 : 2;
+    int place[2];
+    places_of(bits, pass, place);
     const __m256i m = _mm256_set1_epi8((char) ((1 << bits) - 1));
     EACH(v, nv) {
         acc[v][0] = acc[v][1] = _mm256_setzero_si256();
@@ -195,8 +195,8 @@ V_FN void dot_bytes(const int side, const int bits, const int pass, const int nv
         for (int R = R0; R < R1; ++R) {
             _mm_prefetch((const char *) ahead + R*row_size, _MM_HINT_T1);
             const __m256i z  = load_words(bits, pass, at + R*row_size, X);
-            const __m256i c0 = _mm256_and_si256(at0 ? _mm256_srli_epi16(z, at0) : z, m);
-            const __m256i c1 = _mm256_and_si256(_mm256_srli_epi16(z, at1), m);
+            const __m256i c0 = _mm256_and_si256(place[0] ? _mm256_srli_epi16(z, place[0]) : z, m);
+            const __m256i c1 = _mm256_and_si256(_mm256_srli_epi16(z, place[1]), m);
             EACH(v, nv) {
                 if (side == KVARN_KEY) {
                     ADD_PRODUCTS(BYTES_KEYS,   "vpaddw", part[v][0], part[v][1], c0, c1, vectors[v*n_r/4 + R]);
@@ -288,10 +288,6 @@ V_FN void v_sums(vec dots[2][4][2], __m128 * a, __m128 * b) {
 
 #include "kvarn-x86-attend.h"
 #include "kvarn-x86-seal.h"
-
-V_TARGET static void seal(int side, int bits, int D, const float * x, uint8_t * tile, float * scratch) {
-    seal_tile(side, bits, D, x, tile, scratch);
-}
 
 // Not every compiler's __builtin_cpu_supports() knows this name. Asked once: inside a virtual machine CPUID takes microseconds.
 static int has_f16c(void) {

@@ -25,6 +25,12 @@
 #define EACH(i, n) _Pragma("GCC unroll 16") for (int i = 0; i < (n); ++i)
 #endif
 
+// Lowest bits of slots 2*pass and 2*pass + 1 in the bytes of a word.
+static inline __attribute__((always_inline)) void places_of(const int bits, const int pass, int place[2]) {
+    place[0] = bits == 2 ? 4*pass : bits == 4 ? 0 : pass < 3 ? 0 : 5;
+    place[1] = bits == 2 ? 4*pass + 2 : bits == 4 ? 4 : pass < 3 ? 3 : 2;
+}
+
 #endif
 
 #endif

@@ -97,7 +97,8 @@ bool ggml_metal_kvarn_supports(const ggml_tensor * op) {
             return kvarn_is_valid(shape.D, shape.bits) || (shape.bits == KVARN_BITS_EXACT && shape.D % KVARN_D_STEP == 0);
         }
         case KVARN_OP_ATTN:
-            return op->src[KVARN_SRC_Q]->view_offs % 16 == 0 && kvarn_metal_refuses_attn(kvarn_metal_attn(op)) == nullptr;
+            return ggml_kvarn_get_attn_shape(op).chunk != 0 && // a whole prompt in one node: not here
+                   op->src[KVARN_SRC_Q]->view_offs % 16 == 0 && kvarn_metal_refuses_attn(kvarn_metal_attn(op)) == nullptr;
         case KVARN_OP_REDUCE:
             return true;
     }

@@ -32,8 +32,6 @@ ggml_backend_buffer_usage ggml_backend_buffer_get_usage(ggml_backend_buffer_t) {
 bool ggml_backend_buffer_is_host(ggml_backend_buffer_t) { abort(); }
 ggml_backend_buffer_type_t ggml_backend_buffer_get_type(ggml_backend_buffer_t) { abort(); }
 ggml_backend_dev_t ggml_backend_buft_get_device(ggml_backend_buffer_type_t) { abort(); }
-ggml_backend_reg_t ggml_backend_dev_backend_reg(ggml_backend_dev_t) { abort(); }
-const char * ggml_backend_reg_name(ggml_backend_reg_t) { abort(); }
 bool ggml_backend_dev_supports_op(ggml_backend_dev_t, const ggml_tensor *) { abort(); }
 
 // a thread pool's barrier and counter, without its threads
