@@ -4,10 +4,11 @@
 //
 //   block   one KV head, one share of the tiles, 4 columns; 128 threads
 //   thread  a token while scores are summed up, then channels thread, thread + 128, ..
-// Bound by arithmetic: about a tenth of the speed of kvarn-attn.cuh, of which it shares nothing but the formula.
+// Bound by arithmetic: about a tenth of the speed of kvarn-attn.cuh, of which it shares little but the formula.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
+#include "kvarn-block.cuh"
 #include "kvarn-cuda.h"
 #include "kvarn-format.h"
 #include "kvarn-mma.cuh"
@@ -30,32 +31,11 @@ static __device__ __forceinline__ uint32_t kvarn_codes_of(int bits, int F, const
 
 static __device__ __forceinline__ float kvarn_byte(uint32_t w, int k) { return (float) (w >> 8*k & 0xff); }
 
-static __device__ __forceinline__ float kvarn_slope_any(float max_bias, int head, int n_head) {
-    if (max_bias <= 0.0f) {
-        return 1.0f;
-    }
-    const int n = 1 << (31 - __clz(n_head));
-    return head < n ? exp2f(-max_bias*(head + 1)/n) : exp2f(-max_bias/2*(2*(head - n) + 1)/n);
-}
-
-static __device__ __forceinline__ float kvarn_block_max(float v, float * scratch) {
-    for (int o = 16; o > 0; o /= 2) {
-        v = fmaxf(v, __shfl_xor_sync(0xffffffff, v, o));
-    }
-    if (threadIdx.x % 32 == 0) {
-        scratch[threadIdx.x/32] = v;
-    }
-    __syncthreads();
-    v = fmaxf(fmaxf(scratch[0], scratch[1]), fmaxf(scratch[2], scratch[3]));
-    __syncthreads();
-    return v;
-}
-
 static __global__ void __launch_bounds__(KVARN_G) kvarn_attn_any_kernel(const kvarn_attn_args a) {
     __shared__ float q [COLUMNS][KVARN_D_MAX];
     __shared__ float qs[COLUMNS][KVARN_D_MAX]; // times the tile's scales
     __shared__ float p [COLUMNS][KVARN_G];
-    __shared__ float qz[COLUMNS], scratch[4];
+    __shared__ float qz[COLUMNS], scratch[KVARN_G/32];
 
     const int x    = threadIdx.x;
     const int n_q  = a.n_rows*a.n_gqa, n_head = a.H*a.n_gqa;
@@ -153,8 +133,8 @@ static __global__ void __launch_bounds__(KVARN_G) kvarn_attn_any_kernel(const kv
         float shrink[COLUMNS];
         for (int c = 0; c < COLUMNS; ++c) {
             float v = a.softcap > 0.0f ? a.softcap*1.44269504f*tanhf(score[c]) : score[c];
-            v = fmaf(1.44269504f*kvarn_slope_any(a.max_bias, h*a.n_gqa + min(c0 + c, n_q - 1)%a.n_gqa, n_head), mask[c], v);
-            const float now = fmaxf(max[c], kvarn_block_max(v, scratch));
+            v = fmaf(1.44269504f*kvarn_slope(a.max_bias, h*a.n_gqa + min(c0 + c, n_q - 1)%a.n_gqa, n_head), mask[c], v);
+            const float now = fmaxf(max[c], kvarn_block_max<KVARN_G/32>(v, scratch));
             shrink[c] = kvarn_exp2(max[c] - now);
             max[c] = now;
             const float e = kvarn_exp2(v - now);

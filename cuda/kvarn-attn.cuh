@@ -23,14 +23,7 @@
 
 #include "kvarn-attn-plan.h"
 #include "kvarn-attn-tile.cuh"
-
-static __device__ __forceinline__ float kvarn_slope(float max_bias, int head, int n_head) {
-    if (max_bias <= 0.0f) {
-        return 1.0f;
-    }
-    const int n = 1 << (31 - __clz(n_head)); // heads beyond a power of two lie between the others
-    return head < n ? exp2f(-max_bias*(head + 1)/n) : exp2f(-max_bias/2*(2*(head - n) + 1)/n);
-}
+#include "kvarn-block.cuh"
 
 // what a warp knows about a tile in flight
 enum { KVARN_SKIPPED, KVARN_MASKED, KVARN_SEEN }; // no row sees it, or it is not sealed; some mask values count; all are 0

@@ -1,5 +1,5 @@
 // kvarn-cuda-ggml.cu - GGML_OP_KVARN on the CUDA backend: tensors become pointers, kvarn-cuda.h does the rest.
-// The only CUDA code that knows ggml. Nothing here waits for the device.
+// With kvarn-fuse-ggml.cu and kvarn-prompt-ggml.cu the only CUDA code that knows ggml. Nothing here waits for the device.
 //
 // SPDX-License-Identifier: MIT
 
@@ -96,8 +96,7 @@ bool ggml_cuda_op_kvarn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         case KVARN_OP_GET: {
             const kvarn_shape s = ggml_kvarn_get_shape(dst);
             CUDA_CHECK(kvarn_get(s.side, s.bits, s.D, s.H, (const uint8_t *) dst->src[2]->data, (const half *) dst->src[0]->data,
-                    (const int64_t *) dst->src[1]->data + s.n_rows + 2*s.n_seal, (half *) dst->data, dst->ne[2]/KVARN_G,
-                            s.n_tiles,
+                    (const int64_t *) dst->src[1]->data + s.n_rows + 2*s.n_seal, (half *) dst->data, dst->ne[2]/KVARN_G, s.n_tiles,
                     ggml_kvarn_get_s0(dst), dst->ne[3], stream));
         } break;
         case KVARN_OP_ATTN:

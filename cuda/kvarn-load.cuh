@@ -21,7 +21,6 @@
 #include "kvarn-attn-plan.h"
 #include "kvarn-mma.cuh"
 
-
 template <int bits, int F, bool is_wide = true>
 struct kvarn_codes {
     static constexpr int X       = bits == 3 ? F/8 : F*bits/8;  // words per row (and plane)

@@ -23,10 +23,7 @@ static __device__ __forceinline__ void kvarn_rotate(const float * x, T * y, int 
     __syncwarp();
     for (int n = 1; n < n_rot; n *= 2) {
         for (int at = lane; at < D/2; at += 32) {
-            const int i = (at & ~(n - 1))*2 | (at & (n - 1));
-            const float a = buffer[i], b = buffer[i + n];
-            buffer[i]     = a + b;
-            buffer[i + n] = a - b;
+            kvarn_butterfly(buffer, at, n);
         }
         __syncwarp();
     }

@@ -8,6 +8,7 @@
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
+#include "kvarn-block.cuh"
 #include "kvarn-cuda.h"
 #include "kvarn-mma.cuh"
 
@@ -113,10 +114,7 @@ static __global__ void __launch_bounds__(32*N_WARPS) kvarn_reduce_kernel(const f
     __syncthreads();
     for (int n = 1; n < n_rot; n *= 2) {
         for (int at = threadIdx.x; at < D/2; at += 32*N_WARPS) {
-            const int i = (at & ~(n - 1))*2 | (at & (n - 1));
-            const float a = rotated[i], b = rotated[i + n];
-            rotated[i]     = a + b;
-            rotated[i + n] = a - b;
+            kvarn_butterfly(rotated, at, n);
         }
         __syncthreads();
     }

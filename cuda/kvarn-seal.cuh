@@ -14,6 +14,7 @@
 
 #pragma once
 
+#include "kvarn-block.cuh"
 #include "kvarn-cuda.h"
 #include "kvarn-format.h"
 #include "kvarn-mma.cuh"
@@ -137,21 +138,6 @@ static __device__ __forceinline__ float lanes_sum(float v) {
 
 // this thread's first row: the halves of a warp are 16 rows apart, the next rows STEP
 static __device__ __forceinline__ int first_row() { return threadIdx.x/32 + threadIdx.x % 32/LANES*(STEP/2); }
-
-static __device__ __forceinline__ float block_max(float v, float * scratch) {
-    for (int o = 16; o > 0; o /= 2) {
-        v = fmaxf(v, __shfl_xor_sync(0xffffffff, v, o));
-    }
-    if (threadIdx.x % 32 == 0) {
-        scratch[threadIdx.x/32] = v;
-    }
-    __syncthreads();
-    for (int w = 0; w < THREADS/32; ++w) {
-        v = fmaxf(v, scratch[w]);
-    }
-    __syncthreads();
-    return v;
-}
 
 // standard deviations of the rows of y, or of y*rc
 template <bool in_shared>
@@ -428,8 +414,8 @@ static __device__ void kvarn_seal_head(int side, int bits, int D, int H, int h, 
         stored[d] = st;
         c_max = max_f32(c_max, max_f32(st, fabsf(sub(s.fit_mid(d, st), mul(s.h, st)))));
     }
-    c_max = block_max(c_max, scratch);
-    float t_max = block_max(x < G ? tok[x] : 0.0f, scratch);
+    c_max = kvarn_block_max<THREADS/32>(c_max, scratch);
+    float t_max = kvarn_block_max<THREADS/32>(x < G ? tok[x] : 0.0f, scratch);
 
     // step 6: f16, codes, token scales for exactly these
     int e;
@@ -447,7 +433,7 @@ static __device__ void kvarn_seal_head(int side, int bits, int D, int H, int h, 
         c_max     = max_f32(c_max, max_f32(stored[d], fabsf(zero[d])));
         s.code_line(d);
     }
-    c_max = block_max(c_max, scratch);
+    c_max = kvarn_block_max<THREADS/32>(c_max, scratch);
     if (x < G) {
         rt[x] = reciprocal(tok[x]);
     }
@@ -479,7 +465,7 @@ static __device__ void kvarn_seal_head(int side, int bits, int D, int H, int h, 
         }
     }
     __syncthreads();
-    t_max = block_max(x < G ? tok[x] : 0.0f, scratch);
+    t_max = kvarn_block_max<THREADS/32>(x < G ? tok[x] : 0.0f, scratch);
     f = 1.0f;
     while (t_max > f && mul(mul(2.0f, f), c_max) <= X_MAX) {
         f = mul(f, 2.0f);

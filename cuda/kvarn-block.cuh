@@ -1,0 +1,39 @@
+// kvarn-block.cuh - what several kernels do with a number, a block or a vector: ALiBi's slope, a maximum, Hadamard's step.
+//
+// SPDX-License-Identifier: MIT
+
+#pragma once
+
+static __device__ __forceinline__ float kvarn_slope(float max_bias, int head, int n_head) {
+    if (max_bias <= 0.0f) {
+        return 1.0f;
+    }
+    const int n = 1 << (31 - __clz(n_head)); // heads beyond a power of two lie between the others
+    return head < n ? exp2f(-max_bias*(head + 1)/n) : exp2f(-max_bias/2*(2*(head - n) + 1)/n);
+}
+
+// the largest v of a block of n_warps warps; scratch: shared memory, a float per warp
+template <int n_warps>
+static __device__ __forceinline__ float kvarn_block_max(float v, float * scratch) {
+    for (int o = 16; o > 0; o /= 2) {
+        v = fmaxf(v, __shfl_xor_sync(0xffffffff, v, o));
+    }
+    if (threadIdx.x % 32 == 0) {
+        scratch[threadIdx.x/32] = v;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < n_warps; ++w) {
+        v = fmaxf(v, scratch[w]);
+    }
+    __syncthreads();
+    return v;
+}
+
+// the sum and the difference number `at` of those that the step over n of a Hadamard transform makes
+static __device__ __forceinline__ void kvarn_butterfly(float * x, int at, int n) {
+    const int i = (at & ~(n - 1))*2 | (at & (n - 1));
+    const float a = x[i], b = x[i + n];
+    x[i]     = a + b;
+    x[i + n] = a - b;
+}
