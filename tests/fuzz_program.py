@@ -51,7 +51,6 @@ class Fuzzer:
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         return done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-6000:]}{done.stderr[-6000:]}"
 
-
     def replay(self, model: str, program: Path, mode: str = "replay") -> "dict[str, float]":
         """One program; what was counted."""
         done = subprocess.run([str(self.path), mode, model, str(program)], capture_output=True, text=True)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 session = pytest.importorskip("llama_session", exc_type=ImportError)
+state_hash = pytest.importorskip("kvarn.depth", exc_type=ImportError).state_hash
 
 pytestmark = pytest.mark.llama
 
@@ -186,24 +187,8 @@ class Layout(NamedTuple):
 
     def with_hash(self, state: bytes) -> bytes:
         """The state with the hash that fits its record, whatever that says."""
-        value = state_hash(state[self.record + 16:self.stop])
+        value = state_hash([state[self.record + 16:self.stop]])
         return state[:self.record + 8] + value.to_bytes(8, "little") + state[self.record + 16:]
-
-
-def state_hash(data: bytes) -> int:
-    """kvarn_hash of kvarn-cache-state.cpp: words of 8 bytes in four lanes; after the last 32 bytes all go to lane 0."""
-    def mix(x: int) -> int:
-        x = x*0x9e3779b97f4a7c15 % 2**64
-        return x ^ x >> 29
-
-    lanes, whole = [1, 2, 3, 4], len(data)//32*32
-    for place in range(0, len(data), 8):
-        lane = place//8 % 4 if place < whole else 0
-        lanes[lane] = mix(lanes[lane] ^ int.from_bytes(data[place:place + 8], "little"))
-    value = 0
-    for lane in lanes:
-        value = mix(value ^ lane)
-    return value
 
 
 @pytest.mark.parametrize("sequence", [1, None], ids=["sequence", "everything"])

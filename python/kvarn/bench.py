@@ -13,7 +13,6 @@ import platform
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -271,28 +270,21 @@ def numbers(text: str, what: str, least: int) -> "list[int]":
 
 
 def run(args: argparse.Namespace) -> int:
-    try:
-        caches = [cache.strip() for cache in args.caches.split(",") if cache.strip()]
-        for cache in caches:
-            kvtype.parse(cache)
-        depths, threads = numbers(args.depths, "depths", 0), numbers(args.threads, "threads", 1)
-        if args.cpu_time and threads != [1]:
-            raise ValueError("--cpu-time counts what all threads use, waiting included; add --threads 1")
-        prompt_depths = set(numbers(args.prompt_depths, "prompt-depths", 0))
-        if min(args.tokens, args.rounds) < 1 or min(args.prompt, args.prompt_rounds) < 0:
-            raise ValueError("--tokens and --rounds must be 1 or more, --prompt and --prompt-rounds 0 or more")
-        with tempfile.TemporaryDirectory() as folder:
-            path = args.model or str(write_model(Path(folder)/"bench.gguf"))
-            rows = measure(args, caches, depths, threads, prompt_depths, path)
-        name = os.path.basename(path) if args.model else "random weights, 4 layers, 16 heads, 4 KV heads x 128"
-        if args.csv:
-            write_csv(args.csv, rows, "kvarn bench " + " ".join(args.words), name)
-    except KeyboardInterrupt:
-        print("\nkvarn: stopped", file=sys.stderr)
-        return 130
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        print(f"kvarn: {error}", file=sys.stderr)
-        return 1
+    caches = kvtype.listed(args.caches)
+    for cache in caches:
+        kvtype.parse(cache)
+    depths, threads = numbers(args.depths, "depths", 0), numbers(args.threads, "threads", 1)
+    if args.cpu_time and threads != [1]:
+        raise ValueError("--cpu-time counts what all threads use, waiting included; add --threads 1")
+    prompt_depths = set(numbers(args.prompt_depths, "prompt-depths", 0))
+    if min(args.tokens, args.rounds) < 1 or min(args.prompt, args.prompt_rounds) < 0:
+        raise ValueError("--tokens and --rounds must be 1 or more, --prompt and --prompt-rounds 0 or more")
+    with tempfile.TemporaryDirectory() as folder:
+        path = args.model or str(write_model(Path(folder)/"bench.gguf"))
+        rows = measure(args, caches, depths, threads, prompt_depths, path)
+    name = os.path.basename(path) if args.model else "random weights, 4 layers, 16 heads, 4 KV heads x 128"
+    if args.csv:
+        write_csv(args.csv, rows, "kvarn bench " + " ".join(args.words), name)
     if args.json:
         print(json.dumps([row._asdict() for row in rows], indent=1))
     else:

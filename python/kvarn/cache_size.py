@@ -69,6 +69,12 @@ def tile_bytes(D: int, bits: int) -> int:
     return D*G*bits//8 + 4*D + 2*G
 
 
+def check_sink(n: "int | None") -> None:
+    """ValueError if this is no number of tokens for --sink; None: not given."""
+    if n is not None and n < 0:
+        raise ValueError(f"--sink {n}: give 0 or more tokens")
+
+
 def why_not(shape: Shape, keys: str, values: str) -> str:
     """Why llama.cpp would refuse these types for this model; "" if it takes them."""
     if kvtype.is_kvarn(keys, values) and shape.is_mla:

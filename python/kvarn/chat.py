@@ -11,7 +11,7 @@ import time
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, cast
 
-from . import kvtype, thinking
+from . import cache_size, kvtype, thinking
 from .status_line import StatusLine
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ class Screen:
         if self.think == "dim":
             sys.stdout.write((PLAIN if self.color else "") + "\n\n")
         elif self.n_thought:
-            note = f"[thought for {self.n_thought} characters]"
-            print(f"{DIM}{note}{PLAIN}" if sys.stderr.isatty() else note, file=sys.stderr, flush=True)
+            note(f"[thought for {self.n_thought} characters]")
         self.n_thought = 0
 
     def close(self) -> None:
@@ -236,8 +235,7 @@ def check(args: argparse.Namespace) -> None:
     kvtype.parse(args.kv)
     if args.ctx < 0 or args.max_tokens < 0:
         raise ValueError("--ctx and --max-tokens must be 0 or more")
-    if args.sink is not None and args.sink < 0:
-        raise ValueError(f"--sink {args.sink}: give 0 or more tokens")
+    cache_size.check_sink(args.sink)
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads {args.threads}: give 1 or more")
 
@@ -300,7 +298,7 @@ def chat(args: argparse.Namespace) -> int:
             note("\n(Ctrl-D leaves)")
 
 
-def reply(talk: "Talk", text: str) -> bool:
+def reply(talk: Talk, text: str) -> bool:
     """An answer, or what a command says; False: the user leaves."""
     if text in ("/exit", "/quit", "/bye"):
         return False

@@ -15,7 +15,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple
 
-from . import kvtype
+from . import kvtype, tables
 from .kv_info import KVSize
 from .progress import Bar
 
@@ -136,7 +136,7 @@ def table(runs: "list[Run]", tasks: "list[Task]") -> str:
     """Plain text, aligned."""
     judged = all(task.judge for task in tasks)
     head = ["cache", "KV MiB", "bits/value", "tok/s"] + (["steps right", "exact"] if judged else [f"bytes like {runs[0].cache}"])
-    rows = [head]
+    rows = []
     for run in runs:
         row = [kvtype.label(*kvtype.parse(run.cache)), f"{run.size.mib:.2f}", f"{run.size.bits_per_value:.2f}",
                f"{run.n_tokens/run.seconds if run.seconds else 0:.1f}"]
@@ -148,9 +148,7 @@ def table(runs: "list[Run]", tasks: "list[Task]") -> str:
             same = [len(os.path.commonprefix([text, reference])) for text, reference in zip(run.texts, runs[0].texts)]
             row.append(f"{sum(same)}/{sum(map(len, runs[0].texts))}")
         rows.append(row)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) if not column else cell.rjust(width)
-                               for column, (cell, width) in enumerate(zip(row, widths))) for row in rows)
+    return tables.plain(head, rows)
 
 
 def as_json(runs: "list[Run]", tasks: "list[Task]") -> "list[dict[str, Any]]":
@@ -168,7 +166,7 @@ def as_json(runs: "list[Run]", tasks: "list[Task]") -> "list[dict[str, Any]]":
 
 def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
-    caches = [cache.strip() for cache in args.caches.split(",") if cache.strip()]
+    caches = kvtype.listed(args.caches)
     for cache in caches:
         kvtype.parse(cache)
     if args.threads < 1 or args.tokens < 1:

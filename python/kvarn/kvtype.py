@@ -26,6 +26,11 @@ def parse(kv_type: str) -> "tuple[str, str]":
     return keys, values
 
 
+def listed(text: str) -> "list[str]":
+    """The kv_types of a list with commas, as they are written there."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def is_kvarn(*names: "str | None") -> bool:
     """True if any of these types is stored in tiles."""
     return any(name is not None and name.startswith("kvarn") for name in names)

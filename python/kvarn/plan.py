@@ -136,7 +136,7 @@ def budget_of(args: argparse.Namespace) -> "int | None":
 
 
 def plan(shape: Shape, args: argparse.Namespace) -> "list[Row]":
-    caches = [cache.strip() for cache in args.caches.split(",") if cache.strip()]
+    caches = kvtype.listed(args.caches)
     return [row_at(shape, cache, args.ctx, args) if args.ctx else largest(shape, cache, args) for cache in caches]
 
 
@@ -240,7 +240,7 @@ def draw(path: str, shape: Shape, rows: "list[Row]", args: argparse.Namespace) -
     if budget is not None:
         right.axvline(budget/UNITS["G"], color="#c23b4e", linewidth=1)
     right.set_xlabel(f"GiB at {at} tokens")
-    right.legend(fontsize=7, ncols=2, loc="lower right")
+    figure.legend(fontsize=7, ncols=7, loc="outside lower center")
     figure.suptitle(f"{shape.name}" + (f", {args.vram or args.ram}" if budget is not None else ""), fontsize=10)
     figure.savefig(path, dpi=150)
 
@@ -252,8 +252,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--gpu-layers and --cpu-moe go with --vram")
     if not args.vram and not args.ram and not args.ctx:
         raise ValueError("give --vram SIZE or --ram SIZE, what must fit, or --ctx N")
-    if args.sink < 0:
-        raise ValueError(f"--sink {args.sink}: give 0 or more tokens")
+    cache_size.check_sink(args.sink)
     if args.ctx is not None and args.ctx < 1 or args.ubatch < 1 or args.sequences < 1:
         raise ValueError("--ctx, --ubatch and --sequences must be 1 or more")
     if args.plot and Path(args.plot).suffix.lower() not in (".png", ".svg", ".pdf"):

@@ -93,7 +93,7 @@ def plot_depth(path: Path, rows: "list[Row]") -> Path:
     axes.set_yscale("log")
     axes.set_xlabel("depth, tokens")
     axes.set_ylabel("relative squared error\nof the attention outputs")
-    axes.legend(fontsize=7, ncols=2)
+    figure.legend(fontsize=7, ncols=3, loc="outside lower center")  # inside it would hide a line
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     return path

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import kvtype
+from . import cache_size, kvtype
 
 EXAMPLE = """examples:
   kvarn serve model.gguf                                    a chat page at http://127.0.0.1:8080, the API below /v1
@@ -55,9 +55,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--port {args.port}: give a number from 1 to 65535")
     if args.ctx < 0:
         raise ValueError("--ctx must be 0 or more")
+    cache_size.check_sink(args.sink)
     if args.sink is not None:
-        if args.sink < 0:
-            raise ValueError(f"--sink {args.sink}: give 0 or more tokens")
         os.environ["KVARN_SINK"] = str(args.sink)
     if not Path(args.model).is_file():
         raise FileNotFoundError(f"no model at {args.model}")

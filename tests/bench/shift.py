@@ -17,16 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from kvarn.context import Context, Model, api
-from kvarn.evaluation import BLOCK
+from kvarn.evaluation import BLOCK, log_probabilities
 
 CACHES = "q8_0,q4_0,kvarn4,kvarn4/kvarn2,kvarn3,kvarn2"
 COLUMNS = ["cache", "shifts", "kld_still", "kld_moved", "ratio"]
 KEEP, DROP, READ, N_SHIFTS = 64, 256, 2048, 7
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
 def mean_kld(exact: np.ndarray, other: np.ndarray) -> float:
@@ -48,7 +43,7 @@ def predictions(context: Context, tokens: "list[int]", is_moved: bool) -> "list[
         else:
             first += DROP
         blocks = range(start, start + DROP, BLOCK)
-        results.append(np.concatenate([log_softmax(context.decode(tokens[i:i + BLOCK])) for i in blocks]))
+        results.append(np.concatenate([log_probabilities(context.decode(tokens[i:i + BLOCK])) for i in blocks]))
         start += DROP
     return results
 
