@@ -214,8 +214,8 @@ def eight_b() -> model_shape.Shape:
         "attention.head_count": 32, "attention.head_count_kv": 8}))
 
 
-def test_readme_says_what_the_cache_of_an_8b_model_takes():
-    text = (Path(__file__).parent.parent/"README.md").read_text()
+def test_documents_say_what_the_cache_of_an_8b_model_takes():
+    text = (Path(__file__).parent.parent/"docs/choosing.md").read_text()
     rows = re.findall(r"^\| (\S+) \| ([\d.]+) \| (\d+) MiB \| (\d+) MiB \|$", text, re.M)
     assert [row[0] for row in rows] == ["f16", "q8_0", "q4_0", "kvarn4", "kvarn4/kvarn2", "kvarn2"]
     for cache, bits, short, long in rows:

@@ -1,6 +1,4 @@
-"""quality.py - what the results say: the tables of docs/quality.md and README.md, the figures, and the claims with their bars.
-
-    python tests/bench/quality.py          # writes both texts between their marks and the figures; a test compares them
+"""quality.py - what the results say: tables, figures, and the claims with their bars.
 
 SPDX-License-Identifier: MIT
 """
@@ -9,6 +7,8 @@ import csv
 import re
 import sys
 from pathlib import Path
+
+import marked
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT/"python"))
@@ -167,7 +167,7 @@ def no_worse(data) -> str:
 
 
 def summary(data) -> str:
-    """The table of the README."""
+    """The table of docs/choosing.md."""
     body = []
     for recipe in ("q8_0", "q4_0", "kvarn4", "kvarn4/2", "kvarn3", "kvarn2", "paper2"):
         tasks, text = data["tasks", recipe], data["text", recipe]
@@ -217,7 +217,7 @@ def plot_size(data, path) -> None:
         axes.set_xlabel("bits per value at head size 128")
         axes.set_ylabel("mean KLD to f16, no tail")
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    marked.save(figure, path, marks()[path.name])
 
 
 def plot_ablation(data, path) -> None:
@@ -239,19 +239,16 @@ def plot_ablation(data, path) -> None:
     axes.set_xlabel("mean KLD, times kvarn2 as it is (bars: seeds)")
     axes.legend(fontsize=8)
     axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    marked.save(figure, path, marks()[path.name])
 
 
-def main() -> None:
+def draw(folder: Path) -> None:
     data = load()
-    parts = texts(data)
-    for name in ("docs/quality.md", "README.md"):
-        path = ROOT/name
-        path.write_text(filled(path.read_text(encoding="utf-8"), parts), encoding="utf-8")
-    plot_size(data, ROOT/"docs/quality-size.png")
-    plot_ablation(data, ROOT/"docs/quality-ablation.png")
-    report.plot_depth(ROOT/"docs/quality-depth.png", typed(DEPTH))
+    plot_size(data, folder/"quality-size.png")
+    plot_ablation(data, folder/"quality-ablation.png")
 
 
-if __name__ == "__main__":
-    main()
+def marks() -> "dict[str, str]":
+    """File -> the mark that it must carry: of all results that it was drawn from."""
+    own = marked.mark_of(RESULTS.read_text(encoding="utf-8"))
+    return {"quality-size.png": own, "quality-ablation.png": own}
