@@ -88,9 +88,43 @@ def memory() -> "tuple[int, int]":
     return int(found.get("MemAvailable", 0)) << 10, int(found.get("MemTotal", 0)) << 10
 
 
+class Symbol(ctypes.Structure):
+    """Dl_info of dladdr()."""
+
+    _fields_ = [("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("name", ctypes.c_char_p), ("address", ctypes.c_void_p)]
+
+
+LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+
+
+def open_backends(folder: Path) -> ctypes.CDLL:
+    """libggml, with its backends: a wheel has one library per CPU level and loads the best one when it is asked to."""
+    handle = ctypes.CDLL(str(library.library_file(folder, "ggml")))
+    handle.ggml_backend_reg_count.restype = ctypes.c_size_t
+    if not handle.ggml_backend_reg_count():
+        base, quiet = ctypes.CDLL(str(library.library_file(folder, "ggml-base"))), LOG(lambda *_: None)
+        base.ggml_log_set(quiet, None)
+        handle.ggml_backend_load_all()
+        base.ggml_log_set(None, None)
+    return handle
+
+
+def cpu_library(folder: Path) -> Path:
+    """The library of the CPU backend in use; ImportError if there is none that this processor can run."""
+    handle, base = open_backends(folder), ctypes.CDLL(str(library.library_file(folder, "ggml-base")))
+    handle.ggml_backend_reg_by_name.argtypes, handle.ggml_backend_reg_by_name.restype = [ctypes.c_char_p], ctypes.c_void_p
+    find, found = base.ggml_backend_reg_get_proc_address, Symbol()
+    find.argtypes, find.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_void_p
+    backend = handle.ggml_backend_reg_by_name(b"CPU")
+    function = find(backend, b"ggml_backend_set_n_threads") if backend else None
+    if not function or not ctypes.CDLL(None).dladdr(ctypes.c_void_p(function), ctypes.byref(found)) or not found.file:
+        raise ImportError(f"{folder} has no CPU backend that this processor can run; install kvarn again, or build it here")
+    return Path(found.file.decode())
+
+
 def devices(folder: Path) -> "list[dict[str, Any]]":
     """What the library can compute on."""
-    handle = ctypes.CDLL(str(library.library_file(folder, "ggml")))
+    handle = open_backends(folder)
     handle.ggml_backend_dev_count.restype = ctypes.c_size_t
     handle.ggml_backend_dev_get.argtypes, handle.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
     base = ctypes.CDLL(str(library.library_file(folder, "ggml-base")))
@@ -110,9 +144,9 @@ def devices(folder: Path) -> "list[dict[str, Any]]":
     return found
 
 
-def kernels(folder: Path) -> "dict[str, str]":
+def kernels(cpu: Path) -> "dict[str, str]":
     """Names of the attention kernels: in use, and the best of this processor; "" where KVARN_CPU names none it has."""
-    handle = ctypes.CDLL(str(library.library_file(folder, "ggml-cpu")))
+    handle = ctypes.CDLL(str(cpu))
     handle.kvarn_cpu_find.argtypes, handle.kvarn_cpu_find.restype = [ctypes.c_char_p], ctypes.POINTER(ctypes.c_char_p)
 
     def name(wanted: "str | None") -> str:
@@ -143,7 +177,9 @@ def examine() -> "dict[str, Any]":
                                "backends": sorted(path.stem.split("ggml-")[1] for path in files
                                                   if "ggml-" in path.stem and "base" not in path.stem)}
         report["devices"] = devices(folder)
-        report["kernels"] = kernels(folder)
+        cpu = cpu_library(folder)
+        report["libraries"]["cpu"] = cpu.stem.split("ggml-")[1]
+        report["kernels"] = kernels(cpu)
     except (ImportError, OSError, AttributeError) as error:
         findings.append(Finding("broken", str(error), ""))
     findings += judge(report)
@@ -231,7 +267,10 @@ def lines(report: "dict[str, Any]") -> "list[str]":
     out = [f"kvarn        {report['kvarn']}, Python {report['python']}, {report['platform']}"]
     if "libraries" in report:
         libraries = report["libraries"]
-        backends = ", ".join(libraries["backends"])
+        levels = [name for name in libraries["backends"] if name.startswith("cpu-")]
+        backends = ", ".join(name for name in libraries["backends"] if name not in levels)
+        if levels:
+            backends = ", ".join(filter(None, (backends, f"{libraries.get('cpu', 'none')} of {len(levels)} CPU levels")))
         out += [f"libraries    {libraries['folder']} ({libraries['bytes']/2**20:.0f} MiB), backends: {backends}",
                 f"cache types  {', '.join(libraries['cache_types'])}, tile format {libraries['format_version']}"]
     for device in report.get("devices", []):
