@@ -104,7 +104,14 @@ def test_readme_says_what_a_stranger_needs():
     text = (ROOT / "README.md").read_text()
     for needed in ("make demo", "make test", "--cache-type-k kvarn", "from kvarn import Llama", "Not: ", "apt-get install"):
         assert needed in text, f"README.md does not say '{needed}'"
-    assert len(text.splitlines()) <= 200
+    assert len(text.splitlines()) <= 150
+    screen = "\n".join(text.splitlines()[:30])
+    assert "| f16 |" in screen and "](docs/first.png)" in screen and "\n    make demo " in screen, "no longer on the first screen"
+
+
+def test_every_page_is_listed():
+    index = (ROOT/"docs/README.md").read_text()
+    assert not [path.name for path in (ROOT/"docs").glob("*.md") if path.name != "README.md" and f"({path.name})" not in index]
 
 
 def test_markers_in_the_readme_are_pairs():

@@ -224,7 +224,7 @@ def test_documents_say_what_the_cache_of_an_8b_model_takes():
             size = cache_size.of(eight_b(), keys, values, n_ctx)
             stored = size.key_bytes + size.value_bytes - size.spare_bytes
             assert stored == int(said)*MIB and 8*stored/(2*32*8*128*n_ctx) == float(bits)
-    assert "7 x 128 tokens with `n_ubatch` 512: 112 MiB" in text
+    assert "7 x 128 tokens with `n_ubatch` 512: 112 MiB" in " ".join(text.split())
     assert cache_size.of(eight_b(), "kvarn4", "kvarn2", 32768).tail_bytes == 112*MIB
 
 
