@@ -209,8 +209,9 @@ def plot_size(data, path) -> None:
             kind = next(kind for kind in COLORS if recipe.startswith(kind))
             middle, ours = mean(rows, "kld_mean"), kind == "kvarn"
             axes.errorbar(bits, middle, [[middle - min(values)], [max(values) - middle]], fmt="o", color=COLORS[kind], ms=4)
-            axes.annotate(recipe, (bits, middle), xytext=(-5, -7) if ours else (5, 3), textcoords="offset points",
-                          ha="right" if ours else "left", fontsize=7)
+            place = (5, -2) if (model, recipe) == ("text", "kvarn4/2") else (-5, -7) if ours else (5, 3)    # kvarn3 is close
+            axes.annotate(recipe, (bits, middle), xytext=place, textcoords="offset points",
+                          ha="right" if place[0] < 0 else "left", fontsize=8)
         axes.set_xlim(1.9, 5.1)
         axes.set_yscale("log")
         axes.set_title(title, fontsize=9)
