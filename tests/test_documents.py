@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT/"tests/bench"))
 documents = pytest.importorskip("documents")
 marked = pytest.importorskip("marked")
-quality, speed = documents.quality, documents.speed
+quality, sizes, speed = documents.quality, documents.sizes, documents.speed
 
 
 def text_of(path: Path) -> str:
@@ -72,6 +72,8 @@ def claims() -> "list[tuple[str, str, bool]]":
         ("README.md", "4.7 times smaller than f16", round(16/3.375, 1) == 4.7),
         ("README.md", "anything below 3.9 bits", all(kld(name) > kld("q4_0") for name in ("kvarn4/2", "kvarn3", "kvarn2"))),
         ("README.md", "0.9 times as fast as with f16", round(at_0, 1) == 0.9),
+        ("README.md", f"less than f16 from {sizes.wins_from('kvarn4/kvarn2', 'f16')} tokens on, less than q4_0 from "
+                      f"{sizes.wins_from('kvarn4/kvarn2', 'q4_0')}", True),
         ("README.md", "mean of two runs", len(speed.RUNS) == 2),
         ("docs/choosing.md", "no wrong token in 100000", wrong("kvarn4/2") == 0 and total >= 100000),
         ("docs/choosing.md", "less than half its KLD", kld("kvarn4") < kld("q4_0")/2),
