@@ -93,3 +93,11 @@ def test_gpu_that_the_libraries_do_not_use(monkeypatch):
     assert [finding.level for finding in found] == ["slow"] and "-DGGML_CUDA=on" in found[0].do
     found = doctor.judge_speed({**HEALTHY, "libraries": {"folder": "lib", "backends": ["cpu", "cuda"]}})
     assert "do not get to a device" in found[0].what
+
+
+def test_the_level_of_a_wheel_is_named():
+    report = {**HEALTHY, "kvarn": "1", "python": "3", "platform": "x", "findings": [], "devices": [],
+              "processor": {**HEALTHY["processor"], "name": "one"},
+              "libraries": {"folder": "lib", "bytes": 1 << 20, "format_version": 1, "cache_types": ["kvarn2"],
+                            "cpu": "cpu-haswell", "backends": ["cpu-haswell", "cpu-x64", "cuda"]}}
+    assert "backends: cuda, cpu-haswell of 2 CPU levels" in doctor.lines(report)[1]

@@ -3,7 +3,10 @@
 SPDX-License-Identifier: MIT
 """
 
+import ctypes
+import importlib.metadata
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -15,7 +18,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKED_LIMIT = 12 << 20     # bytes of the packed llama.cpp
-LIBS_LIMIT = 40 << 20       # bytes of the CPU libraries, as built
+LIBS_LIMIT = 40 << 20       # bytes of the CPU libraries, as built; with all CPU levels, too
+CPU_LEVELS = {"x86_64": ("x64", "haswell", "skylakex", "zen4", "sapphirerapids")}
 
 
 def missing(what: str, how: str) -> None:
@@ -85,9 +89,16 @@ def test_source_archive_holds_what_a_build_needs_and_no_more(source_archive):
     assert not [name for name in names if re.search(r"^(build|dist|\.[^/]+)/|__pycache__|\.so$", name)]
 
 
+def wheel_options() -> "list[str]":
+    """CMAKE_ARGS of the wheels that cibuildwheel builds on Linux."""
+    text = (ROOT/"pyproject.toml").read_text()
+    return re.search(r"^\[tool.cibuildwheel\]$.*?CMAKE_ARGS = \"(.*?)\"", text, re.M | re.S).group(1).split()
+
+
 @pytest.mark.slow
 def test_source_archive_configures_without_network_pip_or_cache(source_archive, tmp_path):
-    """Everything a build needs from elsewhere is needed when it is configured: the patched llama.cpp must come out."""
+    """Everything a build needs from elsewhere is needed when it is configured: the patched llama.cpp must come out, and with a
+    wheel's options a CPU backend for every level goes into the package."""
     cmake = shutil.which("cmake")
     if cmake is None:
         missing("cmake", "apt-get install cmake")
@@ -95,12 +106,32 @@ def test_source_archive_configures_without_network_pip_or_cache(source_archive, 
         tar.extractall(tmp_path)
     source = next(tmp_path.glob("kvarn-*"))
     env = {**os.environ, "KVARN_CACHE_DIR": str(tmp_path/"empty"), "PIP_NO_INDEX": "1", "KVARN_LLAMA_CPP_DIR": ""}
-    command = [cmake, "-S", str(source), "-B", str(tmp_path/"build"), f"-DPython_EXECUTABLE={sys.executable}"]
+    command = [cmake, "-S", str(source), "-B", str(tmp_path/"build"), f"-DPython_EXECUTABLE={sys.executable}", *wheel_options()]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert not (tmp_path/"empty").exists(), "something was fetched"
     assert "kvarn" in (tmp_path/"build/llama.cpp/src/llama-kv-cache.cpp").read_text()
     assert (tmp_path/"build/llama.cpp/.kvarn-patched").is_file()
+    installed = (tmp_path/"build/cmake_install.cmake").read_text()
+    levels = CPU_LEVELS.get(platform.machine(), ("",))
+    assert not [level for level in levels if f"libggml-cpu-{level}" not in installed]
+    assert "were not used" not in done.stderr, "an option of the wheels means nothing to CMake"
+
+
+def test_backends_are_searched_beside_the_library(tmp_path):
+    """kvarn-backend-dir.h in a library of its own: what takes the place of GGML_BACKEND_DIR names that library's folder."""
+    if shutil.which("g++") is None:
+        missing("g++", "apt-get install g++")
+    (tmp_path/"place").mkdir()
+    (tmp_path/"one.cpp").write_text('extern "C" const char * place() {\n'
+                                    '    static const std::string s = GGML_BACKEND_DIR;\n    return s.c_str();\n}\n')
+    built = tmp_path/"place/libone.so"
+    subprocess.run(["g++", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-std=c++17", "-include",
+                    str(ROOT/"ggml-kvarn/kvarn-backend-dir.h"), "-DGGML_BACKEND_DIR=kvarn_backend_dir()", "-o", str(built),
+                    str(tmp_path/"one.cpp"), "-ldl"], check=True)
+    place = ctypes.CDLL(str(built)).place
+    place.restype = ctypes.c_char_p
+    assert place().decode() == str(tmp_path/"place")
 
 
 # ------------------------------------------------------------------------------------------ the installed libraries
@@ -120,7 +151,8 @@ def test_libraries_find_each_other_wherever_they_are(lib_dir, bin_dir):
     if os.environ.get("KVARN_LIB_PATH"):
         pytest.skip("KVARN_LIB_PATH points to a build, which knows its own folder")
     ours = {path.name for path in lib_dir.glob("*.so")}
-    assert {"libllama.so", "libggml.so", "libggml-base.so", "libggml-cpu.so", "libmtmd.so"} <= ours
+    assert {"libllama.so", "libggml.so", "libggml-base.so", "libmtmd.so"} <= ours
+    assert any(name.startswith("libggml-cpu") for name in ours)     # a wheel has one per CPU level
     system = re.compile(r"lib(c|m|stdc\+\+|gcc_s|gomp|pthread|dl|rt|cuda|cudart|cublas|cublasLt|nccl)\.so\.|ld-linux")
     for path in [*lib_dir.glob("*.so"), *(bin_dir/name for name in TOOLS)]:
         said = dynamic(path)
@@ -147,6 +179,12 @@ def test_extension_is_for_every_python(lib_dir):
     if os.environ.get("KVARN_LIB_PATH"):
         pytest.skip("not an installed build")
     assert [path.name for path in found] in (["_native.abi3.so"], ["_native.py"])
+    wheel = importlib.metadata.distribution("kvarn").read_text("WHEEL")
+    assert set(re.findall(r"^Tag: (.*)$", wheel, re.M)) == {f"cp39-abi3-linux_{platform.machine()}"}
+    if found[0].suffix == ".so":
+        symbols = subprocess.run(["nm", "-D", "--undefined-only", str(found[0])], capture_output=True, text=True).stdout
+        private = set(re.findall(r"\b_Py\w+", symbols)) - {"_Py_NoneStruct", "_Py_Dealloc"}
+        assert "PyImport_" in symbols and not private, f"not in the stable ABI: {private}"
 
 
 # ------------------------------------------------------------------------------------------------------ container
