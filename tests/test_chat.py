@@ -110,8 +110,9 @@ def test_prompt_from_a_pipe_follows_the_words(tiny):
 
 @pytest.mark.llama
 def test_chat_reads_lines_and_keeps_the_conversation(talker):
-    done = run("chat", talker, *SHORT, feed="hello\n/size\nand now\n/clear\nhello\n/exit\nnot read\n")
+    done = run("chat", talker, *SHORT, feed="hello\n/size\nand now\n/sizes\n/clear\nhello\n/exit\nnot read\n")
     assert done.returncode == 0, done.stderr
+    assert "no command /sizes: /clear forgets" in done.stderr
     used = [int(number) for number in re.findall(r"context (\d+)/1024", done.stderr)]
     assert len(used) == 3 and used[1] > used[0] + 24 and used[2] == used[0]
     assert done.stderr.count("KV cache kvarn4/kvarn2:") == 2 and "forgotten" in done.stderr

@@ -5,6 +5,7 @@ The answer goes to stdout and nothing else does; status and notes go to the term
 """
 
 import argparse
+import re
 import signal
 import sys
 import time
@@ -309,6 +310,8 @@ def reply(talk: Talk, text: str) -> bool:
         note(str(talk.llm.kv_size))
     elif text.startswith("/help"):
         note(COMMANDS)
+    elif re.fullmatch("/[a-z]+", text):
+        note(f"no command {text}: {COMMANDS}")
     else:
         n_before = len(talk.messages)
         try:
