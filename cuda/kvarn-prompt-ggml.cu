@@ -75,7 +75,9 @@ void ggml_cuda_kvarn_prompt(ggml_backend_cuda_context & ctx, ggml_tensor * node)
         kvarn_tiles_of(node, KVARN_KEY)   ? rows_k.alloc(n_heads*shape.D[KVARN_KEY]  *n_kv*q->ne[3]) : nullptr,
         kvarn_tiles_of(node, KVARN_VALUE) ? rows_v.alloc(n_heads*shape.D[KVARN_VALUE]*n_kv*q->ne[3]) : nullptr,
     };
-    ggml_cuda_pool_alloc<float> out(ctx.pool(), n_heads*n_gqa*shape.D[KVARN_VALUE]*n_rows);
+    const bool is_whole = n_heads == shape.H; // then flash attention writes the result itself
+    ggml_cuda_pool_alloc<float> out(ctx.pool());
+    float * const dst = is_whole ? (float *) node->data : out.alloc(n_heads*n_gqa*shape.D[KVARN_VALUE]*n_rows);
 
     for (int h0 = 0; h0 < shape.H; h0 += n_heads) {
         const int n = std::min(n_heads, shape.H - h0);
@@ -89,11 +91,14 @@ void ggml_cuda_kvarn_prompt(ggml_backend_cuda_context & ctx, ggml_tensor * node)
         }
         const ggml_context_ptr scratch = kvarn_scratch_context();
         ggml_tensor * flash = kvarn_flash(scratch.get(), node, h0, n, rows);
-        flash->data = out.get();
+        flash->data = dst;
         ggml_cuda_flash_attn_ext(ctx, flash);
+        if (is_whole) {
+            break;
+        }
 
         const size_t width = n*n_gqa*shape.D[KVARN_VALUE]*sizeof(float);
-        CUDA_CHECK(cudaMemcpy2DAsync((float *) node->data + h0*n_gqa*shape.D[KVARN_VALUE], node->nb[2], out.get(), width, width,
+        CUDA_CHECK(cudaMemcpy2DAsync((float *) node->data + h0*n_gqa*shape.D[KVARN_VALUE], node->nb[2], dst, width, width,
                 n_rows, cudaMemcpyDeviceToDevice, ctx.stream()));
     }
 }

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 
 ggml_tensor * llama_kvarn::build_plan(ggml_context * ctx, const llama_ubatch & ubatch) {
@@ -118,7 +119,7 @@ bool llama_kvarn::set_input_mask(ggml_tensor * dst, const llama_ubatch & ubatch,
         }
     }
 
-    const ggml_fp16_t keep = ggml_fp32_to_fp16(0.0f), drop = ggml_fp32_to_fp16(-INFINITY);
+    const ggml_fp16_t drop = ggml_fp32_to_fp16(-INFINITY); // what is kept is 0.0
 
     ggml_fp16_t * row = (ggml_fp16_t *) dst->data;
     for (uint32_t s = 0; s < n_stream; ++s) {
@@ -133,7 +134,7 @@ bool llama_kvarn::set_input_mask(ggml_tensor * dst, const llama_ubatch & ubatch,
             later.push_back(*it);
         }
         for (uint32_t i = 0; i < n_rows; ++i, row += n_kv) {
-            std::fill(row, row + cells.get_used(), keep);
+            memset(row, 0, cells.get_used()*sizeof(*row));          // 140 MB for 2048 tokens that see 32768
             std::fill(row + cells.get_used(), row + n_kv, drop);
             for (const auto & cell : later) {
                 if (cell.first <= pos[i]) {
