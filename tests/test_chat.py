@@ -16,6 +16,7 @@ from kvarn import thinking
 TEMPLATE = ("{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}\n{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 KVARN = [sys.executable, "-m", "kvarn.cli"]
+PROMPT = r"\033\[0m\r\n(\033\[\?2004h)?> "   # behind a note: noise has a "> ", too
 LIMIT = 120     # seconds until something expected on the terminal must have come
 
 
@@ -24,7 +25,7 @@ def talker(tmp_path_factory):
     """A model with a chat template; it answers noise."""
     import tiny_model
 
-    return tiny_model.write(tmp_path_factory.mktemp("chat")/"talker.gguf", chat_template=TEMPLATE)
+    return tiny_model.write(tmp_path_factory.mktemp("chat")/"talker.gguf", chat_template=TEMPLATE, readable=True)
 
 
 @pytest.fixture(scope="module")
@@ -204,18 +205,18 @@ class Terminal:
 def test_ctrl_c_stops_the_answer_and_not_the_chat(talker):
     terminal = Terminal("chat", talker, "--kv", "kvarn2", "--ctx", "131072", "--temp", "1.5", "--min-p", "0",
                         "--top-k", "0", "--top-p", "1")
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("tell me a very long story\n")
     live = terminal.wait_for(r"\d\d tokens, [\d.]+ tok/s; context")
     assert "\0337\033[1;23r\0338" in live, "the last row is kept for the status"
-    said = live + terminal.interrupt_until("> ")   # a model of random weights may have ended by itself just now
+    said = live + terminal.interrupt_until(PROMPT)   # a model of random weights may have ended by itself just now
     assert "[stopped]" in said or "KV kvarn2" in said
     assert "\033[r" in said, "the scrolling region is given back"
     terminal.interrupt_until(r"\(Ctrl-D leaves\)")
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("/size\n")
     terminal.wait_for("KV cache kvarn2")
-    terminal.wait_for("> ")
+    terminal.wait_for(PROMPT)
     terminal.type("\x04")
     assert terminal.process.wait(LIMIT) == 0
     terminal.close()

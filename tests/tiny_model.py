@@ -15,17 +15,24 @@ import numpy as np
 ARCHS = ("llama", "qwen3", "gemma3", "mimo2")
 
 
-def byte_vocabulary():
-    """260 tokens in sentencepiece's manner: three control tokens, the 256 bytes, and its space."""
-    tokens = [b"<unk>", b"<s>", b"</s>"] + [f"<0x{byte:02X}>".encode() for byte in range(256)] + ["\u2581".encode()]
-    types = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL]*2 + [gguf.TokenType.BYTE]*256 + [gguf.TokenType.NORMAL]
-    return tokens, types, [0.0]*len(tokens)
+def byte_vocabulary(readable: bool = False):
+    """260 tokens in sentencepiece's manner: three control tokens, the 256 bytes, and its space.
+
+    readable     two letters in the place of every byte that is neither ASCII nor a new line: llama-cpp-python waits, ever
+                 slower, for the rest of a character that a byte has begun, and a byte like ESC moves the cursor
+    """
+    tokens, types = [b"<unk>", b"<s>", b"</s>"], [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL]*2
+    for byte in range(256):
+        is_byte = not readable or 32 <= byte < 127 or byte == 10
+        tokens.append((f"<0x{byte:02X}>" if is_byte else chr(97 + byte//26) + chr(97 + byte % 26)).encode())
+        types.append(gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL)
+    return tokens + ["\u2581".encode()], types + [gguf.TokenType.NORMAL], [0.0]*(len(tokens) + 1)
 
 
 def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_head: int = 4, n_head_kv: int = 2, n_embd: int = 64,
           n_ff: int = 128, n_ctx: int = 131072, window: int = 256, loud: float = 0.0, loud_tokens: int = 0,
           gain: float = 2.0, seed: int = 1, value_dim: int = 0, kv_heads: "tuple[int, ...]" = (),
-          chat_template: str = "", nextn: int = 0, rope_dim: int = 0, yarn: float = 0.0):
+          chat_template: str = "", readable: bool = False, nextn: int = 0, rope_dim: int = 0, yarn: float = 0.0):
     """Writes a model to path and returns path.
 
     window       sliding window (gemma3, mimo2: of the first of two layers)
@@ -33,12 +40,13 @@ def write(path, arch: str = "llama", head_dim: int = 128, n_layer: int = 2, n_he
     loud_tokens  so many bytes, from "0" on, share a direction that the keys amplify: tokens with keys a few times longer
     value_dim    head size of the values, kv_heads: KV heads of each layer (mimo2 only)
     gain         of queries and keys: the larger, the more a query looks at few tokens
+    readable     see byte_vocabulary()
     rope_dim     channels that turn with the position; 0: all
     yarn         factor of a context stretched by YaRN, from 256 tokens
     nextn        blocks that draft the token after the next (mimo2 only); the others then say less, so that drafts are often right
     """
     rng = np.random.default_rng(seed)
-    tokens, types, scores = byte_vocabulary()
+    tokens, types, scores = byte_vocabulary(readable)
     writer = gguf.GGUFWriter(str(path), arch)
     writer.add_name(f"tiny-{arch}-{head_dim}")
     writer.add_context_length(n_ctx)

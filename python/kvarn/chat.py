@@ -98,15 +98,22 @@ class Screen:
 
 
 class Interrupt:
-    """Ctrl-C while an answer is written: it ends after this token; before the first one, and the second time, at once."""
+    """Ctrl-C while a model is loaded: ends an answer before its next batch or token, the second time at once; leaves input().
+
+    Elsewhere it does nothing, and KeyboardInterrupt is raised once: no haste can break off what must be put back in order.
+    """
 
     def __init__(self) -> None:
-        self.asked = self.writes = False
+        self.asked = False                      # for the end of the answer
+        self.patience: Optional[int] = None     # that many Ctrl-C only ask, the next one raises; None: none does
 
     def handle(self, number: int, frame: Optional[FrameType]) -> None:
-        if self.asked or not self.writes:
+        if self.patience == 0:
+            self.patience = None
             raise KeyboardInterrupt
         self.asked = True
+        if self.patience:
+            self.patience -= 1
 
     def __enter__(self) -> "Interrupt":
         self.before = signal.signal(signal.SIGINT, self.handle)
@@ -114,6 +121,18 @@ class Interrupt:
 
     def __exit__(self, *details: Any) -> None:
         signal.signal(signal.SIGINT, self.before)
+
+    def input(self, prompt: str) -> str:
+        """A line; KeyboardInterrupt."""
+        try:
+            self.patience = 0
+            return input(prompt)
+        finally:
+            self.patience, self.asked = None, False
+
+
+class Stopped(Exception):
+    """The user does not want the rest of an answer."""
 
 
 def parts_of(stream: Any) -> "Iterator[dict[str, Any]]":
@@ -168,35 +187,38 @@ class Talk:
         for part in parts_of(self.llm.create_chat_completion(cast(Any, self.messages), **sampling)):
             yield part["choices"][0]["delta"].get("content") or ""
 
-    def answer(self, text: str, line: StatusLine) -> str:
+    def answer(self, text: str, line: StatusLine, interrupt: Interrupt) -> str:
         """Prints the answer; "" or why it ended early."""
         screen, splitter = Screen(self.args.think, line), thinking.Splitter(self.end_tag())
         said, why = "", ""
+
+        def before_batch(done: int, all: int) -> None:   # a token may not show in the text yet
+            if interrupt.asked:
+                interrupt.patience = None
+                raise Stopped
+            self.read_clock()
+            line.show(f"reading: {done} of {all} tokens" if all > 1 else self.status())
+
         self.start_clock()
         pieces = self.pieces(text)
-        with Interrupt() as interrupt:
-            line.show("reading", now=True)
-            self.llm.on_eval = lambda done, all: line.show(f"reading: {done} of {all} tokens")
-            try:
-                for piece in pieces:
-                    interrupt.writes = True
-                    for is_thinking, part in splitter.feed(piece):
-                        said += "" if is_thinking else part
-                        screen.write(is_thinking, part)
-                    self.read_clock()
-                    line.show(self.status())
-                    if interrupt.asked:
-                        why = "stopped"
-                        break
-            except KeyboardInterrupt:
-                why = "stopped"
-            finally:
-                pieces.close()  # type: ignore[attr-defined]
-                for is_thinking, part in splitter.finish():
+        line.show("reading", now=True)
+        self.llm.on_eval = before_batch
+        try:
+            interrupt.patience = 1
+            for piece in pieces:
+                for is_thinking, part in splitter.feed(piece):
                     said += "" if is_thinking else part
                     screen.write(is_thinking, part)
-                screen.close()
-                self.read_clock()
+        except (Stopped, KeyboardInterrupt):
+            why = "stopped"
+        finally:
+            interrupt.patience = None
+            pieces.close()  # type: ignore[attr-defined]
+            for is_thinking, part in splitter.finish():
+                said += "" if is_thinking else part
+                screen.write(is_thinking, part)
+            screen.close()
+            self.read_clock()
         if self.llm.n_tokens >= self.llm.n_ctx() - 1 and not why:
             why = f"the context of {self.llm.n_ctx()} tokens is full; a larger --ctx takes more"
         if self.has_template:
@@ -254,22 +276,24 @@ def run_once(args: argparse.Namespace) -> int:
     talk = Talk(args)
     if not talk.has_template and not args.raw:
         note("the model has no chat template: the text is continued as it is")
-    with StatusLine() as line:
-        why = talk.answer(text, line)
+    with Interrupt() as interrupt, StatusLine() as line:
+        why = talk.answer(text, line, interrupt)
     note(f"[{talk.status()}]")
     if why:
         note(f"[{why}]")
     return 130 if why == "stopped" else 0
 
 
-def questions(is_terminal: bool) -> "Iterator[str]":
+def questions(interrupt: Interrupt, is_terminal: bool) -> "Iterator[str]":
     """What the user types, or the lines of a pipe."""
     while True:
         try:
-            text = input("> " if is_terminal else "")
+            text = interrupt.input("> " if is_terminal else "")
         except EOFError:
             return
         except KeyboardInterrupt:
+            if not is_terminal:
+                raise
             note("\n(Ctrl-D leaves)")
             continue
         if text.strip():
@@ -287,19 +311,14 @@ def chat(args: argparse.Namespace) -> int:
     note(f"{talk.llm.metadata.get('general.name', args.model)}; {talk.llm.kv_size}; {talk.llm.n_ctx()} tokens. /help helps.")
     if not talk.has_template:
         note("the model has no chat template: each text is continued as it is")
-    while True:
-        try:
-            for text in questions(is_terminal):
-                if not reply(talk, text):
-                    break
-            return 0
-        except KeyboardInterrupt:  # between an answer and the prompt: the conversation goes on
-            if not is_terminal:
-                raise
-            note("\n(Ctrl-D leaves)")
+    with Interrupt() as interrupt:
+        for text in questions(interrupt, is_terminal):
+            if not reply(talk, text, interrupt):
+                break
+    return 0
 
 
-def reply(talk: Talk, text: str) -> bool:
+def reply(talk: Talk, text: str, interrupt: Interrupt) -> bool:
     """An answer, or what a command says; False: the user leaves."""
     if text in ("/exit", "/quit", "/bye"):
         return False
@@ -316,7 +335,7 @@ def reply(talk: Talk, text: str) -> bool:
         n_before = len(talk.messages)
         try:
             with StatusLine() as line:
-                why = talk.answer(text, line)
+                why = talk.answer(text, line, interrupt)
         except (RuntimeError, ValueError) as error:      # too long a text, mostly: the conversation goes on
             del talk.messages[n_before:]
             note(f"kvarn: {error}; /clear starts anew, a larger --ctx takes more")

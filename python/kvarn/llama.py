@@ -126,7 +126,7 @@ class Llama(llama_cpp.Llama):
     def eval(self, tokens: Sequence[int]) -> None:
         """Decodes tokens after those in the cache, n_batch at a time. RuntimeError, with nothing decoded, if they do not fit.
 
-        on_eval(done, all), where set, is called before every batch of a prompt that takes more than one.
+        on_eval(done, all), where set, is called before every batch, be it of one token.
         """
         room = self.n_ctx() - self.n_tokens
         if len(tokens) > room:
@@ -135,7 +135,7 @@ class Llama(llama_cpp.Llama):
         with CapturedLog(self.verbose) as log:
             try:
                 for start in range(0, len(tokens), self.n_batch):
-                    if self.on_eval is not None and len(tokens) > self.n_batch:
+                    if self.on_eval is not None:
                         self.on_eval(start, len(tokens))
                     super().eval(tokens[start:start + self.n_batch])
             except RuntimeError as error:
