@@ -102,8 +102,8 @@ V_FN void round_vectors(const int side, const int fast, int bits, int nv, int n,
 
 V_FN void score_codes(const int fast, int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * q,
                       float * s) {
-    float scale[D_MAX], centre[D_MAX], x[NV*D_MAX];
-    int32_t vectors[NV*D_MAX/2 + 16];
+    ON_LINE float scale[D_MAX], centre[D_MAX], x[NV*D_MAX];
+    ON_LINE int32_t vectors[NV*D_MAX/2 + 16];
     struct fold fold;
 
     prefetch_factors(bits, D, next);
@@ -134,8 +134,8 @@ V_FN void score_codes(const int fast, int bits, int D, int n_q, const uint8_t * 
 
 V_FN void value_codes(const int fast, int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * p,
                       float * o) {
-    float token[G], x[NV*G];
-    int32_t vectors[NV*G/2 + 16];
+    ON_LINE float token[G], x[NV*G];
+    ON_LINE int32_t vectors[NV*G/2 + 16];
     struct fold fold;
 
     prefetch_factors(bits, D, next);

@@ -17,6 +17,9 @@
 #define D_MAX KVARN_D_MAX
 #define NV    4 // vectors multiplied at a time
 
+// Vectors as long as a cache line that do not lie on one take twice as long, and wait where they have just been written.
+#define ON_LINE __attribute__((aligned(64)))
+
 // A loop of a few rounds that becomes straight code, so that the arrays it indexes are registers. Compilers do that by themselves
 // at some optimization levels only; where they do not, sums live in memory and everything takes twice as long.
 #if defined(__clang__)

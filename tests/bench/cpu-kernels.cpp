@@ -147,6 +147,9 @@ static std::vector<float> tokens(std::mt19937 & rng, bool planted) {
     return x;
 }
 
+// on a cache line, as in a graph; memory has 16 floats more than are needed
+static float * on_line(std::vector<float> & memory) { return (float *) (((uintptr_t) memory.data() + 63)/64*64); }
+
 struct tiles {
     int n, bits;
     size_t size;
@@ -185,14 +188,14 @@ struct attention {
         state.D[0] = state.D[1] = D;
         state.n_rows = 1;
         state.n_gqa  = n_q;
-        memory.resize(kvarn_cpu_state_size(D, D, 1, n_q));
+        memory.resize(kvarn_cpu_state_size(D, D, 1, n_q) + 16);
         start();
         std::mt19937 rng(seed);
         std::normal_distribution<float> normal;
         for (int i = 0; i < n_q*D; ++i) { state.q[i] = normal(rng)*sharp/std::sqrt((float) D); }
         for (int i = 0; i < n_q; ++i)   { state.slope[i] = 1.0f; }
     }
-    void start() { kvarn_cpu_start(&state, memory.data()); }
+    void start() { kvarn_cpu_start(&state, on_line(memory)); }
     void add(const tiles & k, const tiles & v, int i) {
         const kvarn_cpu_source ks = { k.at(i), nullptr, 0 }, vs = { v.at(i), nullptr, 0 };
         const int next = i + 1 < k.n ? i + 1 : 0;
@@ -294,7 +297,7 @@ int main(int argc, char ** argv) {
     std::mt19937 rng(1);
     const std::vector<float> x = tokens(rng, false);
     std::vector<float> y(G*D), memory_f32(kvarn_seal_scratch(D) + 16);
-    float * scratch = (float *) (((uintptr_t) memory_f32.data() + 63)/64*64);
+    float * scratch = on_line(memory_f32);
     const auto report = [](const char * set, const char * op, int side, int bits, const timing & t) {
         printf("%s,%s %s,%d,%d,,hot,%.0f,%.0f,%.2f,%.2f,,,\n", set, op, side == KVARN_KEY ? "keys" : "values", bits, bits,
                t.median, t.best, G*D/t.best, 4.0*G*D/t.best);
