@@ -28,7 +28,8 @@ def levels(report: dict, word: str) -> "list[str]":
 def test_what_is_in_use(lib_dir):
     status, report = examine()
     assert status == 0
-    assert report["libraries"]["folder"] == str(lib_dir) and "cpu" in report["libraries"]["backends"]
+    assert report["libraries"]["folder"] == str(lib_dir)
+    assert report["libraries"]["cpu"] in report["libraries"]["backends"]
     assert report["libraries"]["cache_types"] == ["kvarn2", "kvarn3", "kvarn4"]
     assert any(device["type"] == "CPU" for device in report["devices"])
     assert report["kernels"]["in_use"] == report["kernels"]["best"] != ""

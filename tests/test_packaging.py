@@ -5,6 +5,7 @@ SPDX-License-Identifier: MIT
 
 import ctypes
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -49,8 +50,11 @@ def test_packed_source_is_small_and_always_the_same(packed, tmp_path):
 
     assert packed.stat().st_size < PACKED_LIMIT
     with tarfile.open(packed) as tar:
-        names = [member.name.partition("/vendor/llama.cpp/")[2] for member in tar]
-    assert names == sorted(names) and all(map(upstream.is_wanted, names))
+        members = [member.name.partition("/")[2] for member in tar]
+    names = [member[len("vendor/llama.cpp/"):] for member in members if member.startswith("vendor/")]
+    binding = [member for member in members if not member.startswith("vendor/")]
+    assert members == sorted(members) and all(map(upstream.is_wanted, names)) and all(map(upstream.is_binding, binding))
+    assert {"LICENSE.md", "llama_cpp/llama.py", "llama_cpp/server/app.py"} <= set(binding)
     assert {"CMakeLists.txt", "LICENSE", "ggml/CMakeLists.txt", "src/llama.cpp"} <= set(names)
     upstream.pack(upstream.cache_dir()/upstream.read_pin(ROOT/"ggml-kvarn").archive, tmp_path/"again.tar.gz")
     assert (tmp_path/"again.tar.gz").read_bytes() == packed.read_bytes()
@@ -112,6 +116,7 @@ def test_source_archive_configures_without_network_pip_or_cache(source_archive, 
     assert not (tmp_path/"empty").exists(), "something was fetched"
     assert "kvarn" in (tmp_path/"build/llama.cpp/src/llama-kv-cache.cpp").read_text()
     assert (tmp_path/"build/llama.cpp/.kvarn-patched").is_file()
+    assert (tmp_path/"build/binding/llama_cpp/llama_cpp.py").is_file()
     installed = (tmp_path/"build/cmake_install.cmake").read_text()
     levels = CPU_LEVELS.get(platform.machine(), ("",))
     assert not [level for level in levels if f"libggml-cpu-{level}" not in installed]
@@ -185,6 +190,45 @@ def test_extension_is_for_every_python(lib_dir):
         symbols = subprocess.run(["nm", "-D", "--undefined-only", str(found[0])], capture_output=True, text=True).stdout
         private = set(re.findall(r"\b_Py\w+", symbols)) - {"_Py_NoneStruct", "_Py_Dealloc"}
         assert "PyImport_" in symbols and not private, f"not in the stable ABI: {private}"
+
+
+ALONE = """
+import importlib.machinery, importlib.metadata, json, sys
+found = importlib.metadata.version
+def version(name):
+    if name == "llama-cpp-python":
+        raise importlib.metadata.PackageNotFoundError
+    return found(name)
+class Alone:
+    def find_spec(self, name, path=None, target=None):
+        if name != "llama_cpp":
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, [folder for folder in sys.path if folder.endswith("binding")])
+        if spec is None:
+            raise ModuleNotFoundError(name)
+        return spec
+importlib.metadata.version = version
+sys.meta_path.insert(0, Alone())
+from kvarn import Llama, library
+import llama_cpp
+llm = Llama(sys.argv[1], kv_type="kvarn", n_ctx=256, verbose=False)
+print(json.dumps([llama_cpp.__file__, str(library.bundled_binding()), llm("hello", max_tokens=4)["usage"]["completion_tokens"]]))
+"""
+
+
+@pytest.mark.llama
+def test_works_without_an_installed_llama_cpp_python(tiny):
+    """Its Python files come along: `pip install .` is all that kvarn demo needs."""
+    from kvarn import library
+
+    if library.bundled_binding() is None:
+        missing("the bundled llama-cpp-python", "a build from the pinned archive brings it along")
+    done = subprocess.run([sys.executable, "-c", ALONE, tiny()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    file, bundled, n = json.loads(done.stdout)
+    assert Path(file).parent.parent == Path(bundled) and n > 0
+    declared = set(re.findall(r"^Requires-Dist: ([\w-]+)", importlib.metadata.distribution("kvarn").read_text("METADATA"), re.M))
+    assert {"numpy", "diskcache", "jinja2", "typing-extensions"} <= {name.lower().replace("_", "-") for name in declared}
 
 
 # ------------------------------------------------------------------------------------------------------ container

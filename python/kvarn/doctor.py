@@ -166,6 +166,8 @@ def examine() -> "dict[str, Any]":
     findings: "list[Finding]" = []
     try:
         report["wanted_llama_cpp_python"] = read_pin(source_dir()).version
+        if library.bundled_binding() is not None:
+            report["packages"]["llama-cpp-python"] = report["packages"]["llama-cpp-python"] or report["wanted_llama_cpp_python"]
     except Failure as failure:
         findings.append(Finding("broken", str(failure), "install kvarn again"))
     try:

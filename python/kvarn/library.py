@@ -106,13 +106,24 @@ def probe(folder: Path) -> Library:
     return Library(folder, types, format_version)
 
 
+def bundled_binding() -> "Path | None":
+    """The folder of the llama-cpp-python that came with this install, without libraries; None if it came with none."""
+    return next((folder / "binding" for folder in package_dirs() if (folder / "binding" / "llama_cpp").is_dir()), None)
+
+
 def check_version() -> None:
-    """llama-cpp-python must be the pinned version: its structs follow one llama.cpp commit."""
+    """llama-cpp-python must be the pinned version: its structs follow one llama.cpp commit. The one that came along is, and
+    it is used where none is installed."""
     wanted = read_pin(source_dir()).version
     install = f"CMAKE_ARGS=-DLLAMA_BUILD=OFF pip install --no-cache-dir --no-binary llama-cpp-python llama-cpp-python=={wanted}"
     try:
         found = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
+        bundled = bundled_binding()
+        if bundled is not None:
+            if str(bundled) not in sys.path:
+                sys.path.append(str(bundled))
+            return
         raise ImportError(f"kvarn.Llama needs llama-cpp-python {wanted}; next: {install}") from None
     if found != wanted:
         raise ImportError(f"kvarn needs llama-cpp-python {wanted}, whose structs match its libraries, and found {found}; "

@@ -3,6 +3,7 @@
     python -m kvarn.upstream TREE [--from DIR]     puts a pristine tree into TREE
     python -m kvarn.upstream --sdist               prints the path of the checked source archive
     python -m kvarn.upstream --pack FILE.tar.gz    the part of it that a build needs (10 MB), for our own source archive
+    python -m kvarn.upstream --binding DIR         llama-cpp-python's Python files into DIR, which our wheel brings along
 
 Where it comes from, first match wins: --from DIR or KVARN_LLAMA_CPP_DIR (a llama.cpp tree, copied, never changed), the packed
 part in our own source archive, an archive with the right sha256 in the cache folder, pip. The cache folder is KVARN_CACHE_DIR or
@@ -124,6 +125,11 @@ def fetch(pin: Pin) -> Path:
     return archive
 
 
+def is_binding(path: str) -> bool:
+    """path is relative to the top of the source archive: llama-cpp-python's Python files and their license."""
+    return path == "LICENSE.md" or path.startswith("llama_cpp/") and path.endswith((".py", "py.typed"))
+
+
 def is_wanted(path: str) -> bool:
     """path is relative to the top of llama.cpp."""
     inside = any(path == top or path.startswith(top + "/") for top in WANTED)
@@ -158,15 +164,37 @@ def pack(archive: Path, packed: Path) -> int:
             tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as out:
         wanted = {}
         for member in tar:
-            _, _, path = member.name.partition("/vendor/llama.cpp/")
-            if path and is_wanted(path) and member.isfile():
+            _, _, path = member.name.partition("/")
+            _, _, inner = f"/{path}".partition("/vendor/llama.cpp/")
+            if member.isfile() and (inner and is_wanted(inner) or is_binding(path)):
                 wanted[path] = member
         for path, member in sorted(wanted.items()):
-            entry = tarfile.TarInfo(f"packed/vendor/llama.cpp/{path}")
+            entry = tarfile.TarInfo(f"packed/{path}")
             entry.size, entry.mode = member.size, 0o755 if member.mode & 0o100 else 0o644
             out.addfile(entry, tar.extractfile(member))
     partial.replace(packed)
     return len(wanted)
+
+
+def unpack_binding(folder: Path, pin: Pin) -> None:
+    """Makes folder hold llama-cpp-python's Python files; does nothing when its stamp says it already does."""
+    stamp = folder / STAMP
+    if stamp.is_file() and stamp.read_text().strip() == pin.sha256:
+        return
+    with tarfile.open(source_archive(pin)) as tar:
+        for member in tar:
+            _, _, path = member.name.partition("/")
+            data = tar.extractfile(member) if is_binding(path) and member.isfile() else None
+            if data is not None and ".." not in Path(path).parts:
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_bytes(data.read())
+    stamp.write_text(pin.sha256 + "\n")
+
+
+def source_archive(pin: Pin) -> Path:
+    """The packed part in our own source archive, or the whole one."""
+    packed = source_dir().parent / PACKED
+    return packed if packed.is_file() else fetch(pin)
 
 
 def commit_of(tree: Path) -> str:
@@ -215,8 +243,7 @@ def prepare(tree: Path, pin: Pin, origin: "Path | None" = None) -> None:
         say(f"copying llama.cpp from {origin}")
         copy_tree(origin, partial)
     else:
-        packed = source_dir().parent / PACKED
-        archive = packed if packed.is_file() else fetch(pin)
+        archive = source_archive(pin)
         say(f"unpacking llama.cpp {pin.commit[:9]} from {archive}")
         unpack(archive, partial)
     if not (partial / "ggml" / "CMakeLists.txt").is_file():
@@ -233,14 +260,20 @@ def main(argv: "list[str] | None" = None) -> int:
                         help="a llama.cpp tree to copy instead of fetching one")
     parser.add_argument("--sdist", action="store_true", help="only fetch the source archive and print its path")
     parser.add_argument("--pack", metavar="FILE", type=Path, help="only write the part of it that a build needs")
+    parser.add_argument("--binding", metavar="DIR", type=Path, help="only write llama-cpp-python's Python files")
     args = parser.parse_args(argv)
-    if not args.sdist and not args.pack and args.tree is None:
-        parser.error("name the folder to create, or use --sdist or --pack")
+    if not args.sdist and not args.pack and not args.binding and args.tree is None:
+        parser.error("name the folder to create, or use --sdist, --pack or --binding")
     try:
         pin = read_pin(source_dir())
         if args.pack:
             n_files = pack(fetch(pin), args.pack)
             say(f"{args.pack}: {n_files} files of llama.cpp {pin.commit[:9]}, {args.pack.stat().st_size/2**20:.1f} MiB")
+        elif args.binding:
+            if args.origin:
+                say("llama-cpp-python does not come along: its source archive is not used; kvarn.Llama needs it installed")
+            else:
+                unpack_binding(args.binding, pin)
         elif args.sdist:
             print(fetch(pin))
         else:
