@@ -184,7 +184,7 @@ static __device__ __forceinline__ void kvarn_add_rows(float (&out)[D/8][NC], con
     const half * p = rows + (4*(g/2) + 2*(g%2))*stride;
 #pragma unroll
     for (int n = 0; n < D/8; n += 2) {
-        if (n % 8 == 0 && n > 0) {
+        if (D*NC > 128 && n % 8 == 0 && n > 0) {
             KVARN_KEEP_ORDER(); // sixteen loads in flight, not all: registers are short
         }
         uint32_t a[4]; // half tile n, then n + 1: matrix 0, 1
@@ -222,7 +222,7 @@ static __device__ __forceinline__ void kvarn_score_tile(float (&s)[16][NC], cons
     const int g = lane/4, i = lane%4;
     const uint8_t * scales = tile + 3*KVARN_PAD + kvarn_scale_off(D, bits) + 2*kvarn_channel<D, true>(0, i);
 
-    float    z[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
+    float    z0[4] = { 0.0f, 0.0f, 0.0f, 0.0f }, z1[4] = { 0.0f, 0.0f, 0.0f, 0.0f };
     uint32_t b[NC][D/16];
     float    unit[NC];
 #pragma unroll
@@ -235,8 +235,9 @@ static __device__ __forceinline__ void kvarn_score_tile(float (&s)[16][NC], cons
             if (c == 0) {
                 const uint4 zero = *(const uint4 *) (scales + 16*j + 2*D);
                 const uint4 r    = NC == 1 ? q : qf[j*16*NC + lane];
-                kvarn_mma(z[0], z[1], z[2], z[3], zero.x, zero.x, zero.y, zero.y, r.x, r.y);
-                kvarn_mma(z[0], z[1], z[2], z[3], zero.z, zero.z, zero.w, zero.w, r.z, r.w);
+                // the first half of the rows takes two of the four registers, the second half the others: as they were loaded
+                kvarn_mma(z0[0], z0[1], z0[2], z0[3], zero.x, zero.y, zero.z, zero.w, r.x, r.z);
+                kvarn_mma(z1[0], z1[1], z1[2], z1[3], zero.x, zero.y, zero.z, zero.w, r.y, r.w);
             }
             x[4*j    ] = kvarn_mul2(q.x, scale.x);
             x[4*j + 1] = kvarn_mul2(q.y, scale.y);
@@ -295,7 +296,7 @@ static __device__ __forceinline__ void kvarn_score_tile(float (&s)[16][NC], cons
         const float2 token = kvarn_unpack(*(const uint32_t *) (tokens + 16*n));
 #pragma unroll
         for (int c = 0; c < NC; ++c) {
-            const float zero = z[NC == 1 ? 0 : c]*col.factor[c];
+            const float zero = (z0[NC == 1 ? 0 : c] + z1[NC == 1 ? 2 : 2 + c])*col.factor[c];
             s[n    ][c] = fmaf((float) (acc[c][n    ][0]*128 + acc[c][n    ][1]), C::unit(n)*unit[c], zero)*token.x;
             s[n + 1][c] = fmaf((float) (acc[c][n + 1][0]*128 + acc[c][n + 1][1]), C::unit(n)*unit[c], zero)*token.y;
         }

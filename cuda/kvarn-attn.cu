@@ -75,6 +75,23 @@ cudaError_t kvarn_attn_plan(kvarn_attn_args * a) {
     return cudaSuccess;
 }
 
-cudaError_t kvarn_attn(const kvarn_attn_args & a, cudaStream_t stream) { return kvarn_attn_pick(a)(a, stream); }
+bool kvarn_attn_make_whole(kvarn_attn_args * a, float * out, const float * sinks, int n_rot) {
+    if (kvarn_attn_pick(*a) == kvarn_attn_any || a->n_used > KVARN_ATTN_WHOLE*a->n_warps ||
+            !kvarn_attn_may_be_whole(a->side[0].D, kvarn_attn_columns(*a))) {
+        return false;
+    }
+    a->n_split = 1;
+    a->n_open  = 0;
+    a->out     = out;
+    a->sinks   = sinks;
+    a->n_rot   = n_rot;
+    return true;
+}
+
+cudaError_t kvarn_attn(const kvarn_attn_args & args, cudaStream_t stream) {
+    kvarn_attn_args a = args;
+    a.list = a.n_used <= KVARN_ATTN_EARLY ? a.list : nullptr;
+    return kvarn_attn_pick(a)(a, stream);
+}
 
 #endif

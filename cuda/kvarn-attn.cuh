@@ -18,6 +18,9 @@
 // Open tiles (f16 rows of the tail) are shares of their own: a quarter of a tile per warp, straight from global memory.
 //
 // The first tile of a warp is asked for before it is known whether anybody sees it: the answer would take as long as the tile.
+// Behind PREP it is asked for while PREP still runs, unless PREP seals: sealed tiles, map and mask have been there before, only
+// queries and rows of the tail come from PREP.
+// With few tiles one block does all of a KV head and writes what REDUCE would.
 
 #pragma once
 
@@ -64,7 +67,8 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
     const int64_t * map  = a.map + (int64_t) s*a.n_tiles;
     const half    * mask = a.mask + row0*a.mask_row + s*a.mask_stream;
 
-    const bool is_open = part >= a.n_split; // the last shares are the tiles that are not sealed
+    const bool is_open  = part >= a.n_split; // the last shares are the tiles that are not sealed
+    const bool is_whole = kvarn_attn_may_be_whole(D, NC) && a.out; // no shares: the block does everything
     const int  t_begin = is_open ? 0 : part*lay.share + min(part, lay.share_more) + warp;
     const int  t_end   = is_open ? 0 : (part + 1)*lay.share + min(part + 1, lay.share_more);
 
@@ -115,6 +119,22 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
         return __any_sync(0xffffffff, is_seen) ? KVARN_MASKED : KVARN_SKIPPED;
     };
 
+    // The open tiles of this block, 32 rows at a time: f(tile, its slot, which quarter).
+    const auto for_open_rows = [&](auto && f) {
+        for (int t0 = 0, n_seen = 0; t0 < a.n_used; t0 += 32) {
+            const int mine = t0 + lane < a.n_used ? (int) map[t0 + lane] : -2;
+            for (uint32_t left = __ballot_sync(0xffffffff, mine >= 0); left != 0; left &= left - 1, ++n_seen) {
+                const int at    = __ffs(left) - 1;
+                const int where = __shfl_sync(0xffffffff, mine, at);
+                if (is_whole || n_seen % a.n_open == part - a.n_split) {
+                    for (int quarter = warp; quarter < 4; quarter += n_warps) {
+                        f(t0 + at, where, quarter);
+                    }
+                }
+            }
+        }
+    };
+
     // q of each query vector, a power of two taken out, as operands
     constexpr int R = (D/4 + 31)/32;
     const auto load_q = [&](int c, float4 (&v)[R]) {
@@ -156,11 +176,17 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
         }
     };
 
+    const bool is_early = kvarn_attn_may_be_whole(D, NC) && a.list &&
+            !__any_sync(0xffffffff, lane < a.n_list && a.list[2*lane] >= 0);
+
     // small things are asked for before tiles: whatever comes behind these waits for them
     float4 q[NC][R];
+    if (!is_early) {
+        kvarn_wait_for_kernel_before();
 #pragma unroll
-    for (int n = 0; n < NC; ++n) {
-        load_q(warp + n*n_warps, q[n]);
+        for (int n = 0; n < NC; ++n) {
+            load_q(warp + n*n_warps, q[n]);
+        }
     }
     const ahead first = look_ahead(t_begin);
     ahead second = look_ahead(t_begin + n_warps);
@@ -171,6 +197,26 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
     __syncwarp();
     start_keys(t_begin, t_begin < t_end);
     start_values(t_begin, t_begin < t_end);
+    int seen = examine(first, t_begin);
+    if (is_early) {
+        if (is_open || is_whole) {
+            for_open_rows([&](int t, int where, int quarter) {
+                kvarn_bring(mask + t*KVARN_G + 32*quarter + lane);
+#pragma unroll
+                for (int side = 0; side < 2; ++side) {
+                    const kvarn_cuda_side & k = a.side[side];
+                    if (k.bits) {
+                        kvarn_ask_for<D*2>(k.rows + h*k.head_stride + ((int64_t) where*KVARN_G + 32*quarter + lane)*k.row_stride);
+                    }
+                }
+            });
+        }
+        kvarn_wait_for_kernel_before();
+#pragma unroll
+        for (int n = 0; n < NC; ++n) {
+            load_q(warp + n*n_warps, q[n]);
+        }
+    }
 #pragma unroll
     for (int n = 0; n < NC; ++n) {
         if (warp + n*n_warps < n_col) {
@@ -181,7 +227,6 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
         load_q(c, q[0]);
         store_q(c, q[0]);
     }
-    int seen = examine(first, t_begin);
     __syncthreads();
 
     kvarn_columns<NC> col;
@@ -197,7 +242,7 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
     kvarn_sums<D/8, NC> sums;
     sums.clear();
 
-    if (!is_open) { // sealed tiles
+    const auto attend_sealed = [&] {
         int  phase    = 0;
         bool is_first = true; // was asked for whether anybody sees it or not
         for (int t = t_begin; t < t_end; t += n_warps, is_first = false) {
@@ -259,47 +304,46 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
             __syncwarp();
             start_values(next, seen != KVARN_SKIPPED);
         }
-    } else { // open tiles, 32 tokens at a time
-        for (int t0 = 0, n_seen = 0; t0 < a.n_used; t0 += 32) {
-            const int mine = t0 + lane < a.n_used ? (int) map[t0 + lane] : -2;
-            for (uint32_t left = __ballot_sync(0xffffffff, mine >= 0); left != 0; left &= left - 1, ++n_seen) {
-                const int at    = __ffs(left) - 1;
-                const int t     = t0 + at;
-                const int where = __shfl_sync(0xffffffff, mine, at);
-                if (n_seen % a.n_open != part - a.n_split) {
-                    continue;
-                }
-                const half * rows[2];
-#pragma unroll
-                for (int side = 0; side < 2; ++side) {
-                    const kvarn_cuda_side & k = a.side[side];
-                    rows[side] = k.rows + h*k.head_stride + (k.bits ? (int64_t) where*KVARN_G*k.row_stride :
-                                                             s*k.stream_stride + (int64_t) t*KVARN_G*k.row_stride);
-                }
-                for (int part32 = warp; part32 < 4; part32 += n_warps) {
-                    const half * m = mask + t*KVARN_G + 32*part32;
-                    bool is_seen = false;
-                    for (int r = 0; r < n_mask; ++r) {
-                        is_seen |= __half_as_ushort(m[r*a.mask_row + lane]) != 0xfc00;
-                    }
-                    if (!__any_sync(0xffffffff, is_seen)) {
-                        continue;
-                    }
-                    float p[4][NC], tile_max[NC], tile_sum[NC], weight[NC];
-                    kvarn_score_rows<D, 2, NC, BK != 0>(p, rows[0] + 32*part32*a.side[0].row_stride, a.side[0].row_stride, qf,
-                            col, lane);
-                    kvarn_cap_scores(p, col);
-                    kvarn_mask_scores(p, m, a.mask_row, col, g);
-                    kvarn_soften(p, tile_max, tile_sum);
-                    sums.raise(tile_max, tile_sum, weight);
-#pragma unroll
-                    for (int b = 0; b < 2; ++b) {
-                        kvarn_add_rows<BV ? BV : 2, D>(sums.out, weight, rows[1] + (32*part32 + 16*b)*a.side[1].row_stride,
-                                a.side[1].row_stride, kvarn_pack_p(p, 2*b), lane);
-                    }
-                }
+    };
+    const auto attend_open = [&] {
+        for_open_rows([&](int t, int where, int quarter) {
+            const half * m = mask + t*KVARN_G + 32*quarter;
+            bool is_seen = false;
+            for (int r = 0; r < n_mask; ++r) {
+                is_seen |= __half_as_ushort(m[r*a.mask_row + lane]) != 0xfc00;
             }
+            if (!__any_sync(0xffffffff, is_seen)) {
+                return;
+            }
+            const half * rows[2];
+#pragma unroll
+            for (int side = 0; side < 2; ++side) {
+                const kvarn_cuda_side & k = a.side[side];
+                rows[side] = k.rows + h*k.head_stride + 32*quarter*k.row_stride + (k.bits ? (int64_t) where*KVARN_G*k.row_stride :
+                                                          s*k.stream_stride + (int64_t) t*KVARN_G*k.row_stride);
+            }
+            float p[4][NC], tile_max[NC], tile_sum[NC], weight[NC];
+            kvarn_score_rows<D, 2, NC, BK != 0>(p, rows[0], a.side[0].row_stride, qf, col, lane);
+            kvarn_cap_scores(p, col);
+            kvarn_mask_scores(p, m, a.mask_row, col, g);
+            kvarn_soften(p, tile_max, tile_sum);
+            sums.raise(tile_max, tile_sum, weight);
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+                kvarn_add_rows<BV ? BV : 2, D>(sums.out, weight, rows[1] + 16*b*a.side[1].row_stride, a.side[1].row_stride,
+                        kvarn_pack_p(p, 2*b), lane);
+            }
+        });
+    };
+    if (kvarn_attn_may_be_whole(D, NC)) {
+        attend_sealed(); // of open shares there are none
+        if (is_open || is_whole) {
+            attend_open();
         }
+    } else if (!is_open) { // sums of one loop are not kept through the other
+        attend_sealed();
+    } else {
+        attend_open();
     }
     kvarn_let_kernel_behind_start();
 
@@ -347,10 +391,31 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
             out.y = fmaf(f, v.y, out.y);
         }
         const int row = kvarn_attn_row(lay, c0 + c), head = h*a.n_gqa + c0 + c - row*a.n_gqa;
+        if (is_whole) {
+            const float sink = a.sinks ? a.sinks[head]*KVARN_LOG2E : -1e30f; // a token without a value
+            const float now  = fmaxf(max, sink), f = kvarn_exp2(max - now);
+            sum = a.sinks ? fmaf(f, sum, kvarn_exp2(sink - now)) : sum;
+            const float r = sum > 0.0f ? (a.sinks ? f : 1.0f)/sum : 0.0f;
+            *(float2 *) (outs + c*(D + 8) + d) = make_float2(out.x*r, out.y*r); // nobody else reads these
+            continue;
+        }
         float * dst = a.part + ((((int64_t) s*a.n_rows + row)*n_head + head)*a.cap + part)*(D + 2);
         *(float2 *) (dst + 2 + d) = out;
         if (d == 0) {
             *(float2 *) dst = make_float2(max, sum);
+        }
+    }
+    if (!is_whole) {
+        return;
+    }
+    __syncthreads();
+    for (int c = warp; c < n_col && c0 + c < n_q; c += n_warps) {
+        float * x = outs + c*(D + 8);
+        const float scale = kvarn_hadamard(x, D, a.n_rot, lane);
+        const int row = kvarn_attn_row(lay, c0 + c), head = h*a.n_gqa + c0 + c - row*a.n_gqa;
+        float * dst = a.out + (((int64_t) s*a.n_rows + row)*n_head + head)*D;
+        for (int d = 2*lane; d < D; d += 64) {
+            *(float2 *) (dst + d) = make_float2(x[d]*scale, x[d + 1]*scale);
         }
     }
 }
@@ -364,6 +429,9 @@ static cudaError_t kvarn_attn_start(const kvarn_attn_args & a, cudaStream_t stre
         return error;
     }
     const dim3 grid(a.H*lay.n_blocks, a.n_stream, a.n_split + a.n_open);
+    if (a.list) {
+        return kvarn_launch_behind(kvarn_attn_kernel<BK, BV, D, NC>, grid, 32*a.n_warps, lay.total, stream, a, lay);
+    }
     KVARN_LAUNCH((kvarn_attn_kernel<BK, BV, D, NC>), grid, 32*a.n_warps, lay.total, stream, a, lay);
     return cudaGetLastError();
 }

@@ -37,3 +37,14 @@ static __device__ __forceinline__ void kvarn_butterfly(float * x, int at, int n)
     x[i]     = a + b;
     x[i + n] = a - b;
 }
+
+// Transforms each n_rot of D values in place; one warp. Returns what they have to be multiplied with. n_rot 0: leaves them alone
+static __device__ __forceinline__ float kvarn_hadamard(float * x, int D, int n_rot, int lane) {
+    for (int n = 1; n < n_rot; n *= 2) {
+        for (int at = lane; at < D/2; at += 32) {
+            kvarn_butterfly(x, at, n);
+        }
+        __syncwarp();
+    }
+    return n_rot ? 1.0f/sqrtf((float) n_rot) : 1.0f;
+}

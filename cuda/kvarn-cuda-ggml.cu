@@ -77,6 +77,17 @@ static kvarn_attn_args kvarn_attn_args_of(const ggml_tensor * attn) {
     return a;
 }
 
+bool ggml_cuda_kvarn_attn(ggml_backend_cuda_context & ctx, ggml_tensor * attn, const int64_t * list, int n_list,
+        const ggml_tensor * sinks, ggml_tensor * out) {
+    kvarn_attn_args a = kvarn_attn_args_of(attn);
+    a.list   = list;
+    a.n_list = n_list;
+    const bool is_whole = out && kvarn_attn_make_whole(&a, (float *) out->data, sinks ? (const float *) sinks->data : nullptr,
+            out->op == GGML_OP_KVARN ? 0 : (int) out->ne[0]);
+    CUDA_CHECK(kvarn_attn(a, ctx.stream()));
+    return is_whole;
+}
+
 void ggml_cuda_kvarn_reduce(ggml_backend_cuda_context & ctx, ggml_tensor * reduce, ggml_tensor * out) {
     const kvarn_attn_args a = kvarn_attn_args_of(reduce->src[0]);
     const float * sinks = reduce->src[1] ? (const float *) reduce->src[1]->data : nullptr;
@@ -103,7 +114,7 @@ bool ggml_cuda_op_kvarn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
             if (ggml_kvarn_get_attn_shape(dst).chunk == 0) {
                 ggml_cuda_kvarn_prompt(ctx, dst);
             } else {
-                CUDA_CHECK(kvarn_attn(kvarn_attn_args_of(dst), stream));
+                ggml_cuda_kvarn_attn(ctx, dst, nullptr, 0, nullptr, nullptr);
             }
             break;
         case KVARN_OP_REDUCE:

@@ -38,10 +38,20 @@ struct kvarn_attn_args {
     int             n_open;        // and of open ones, behind them
     int             n_warps;       // per block, set by kvarn_attn_plan
     float           scale, max_bias, softcap;
+    // behind PREP: the list of what that seals; the launch is one behind it (kvarn_prep). NULL: an ordinary one
+    const int64_t * list;
+    int             n_list;
+    // few tiles: the output itself, as REDUCE has it, with sinks and rotation. NULL: partial results
+    float         * out;           // [stream][row*n_head + head][D]
+    const float   * sinks;
+    int             n_rot;
 };
 
 // Chooses n_split, n_open and n_warps for this device: depends on nothing but the arguments, so REDUCE finds the same.
 cudaError_t kvarn_attn_plan(kvarn_attn_args * args);
+
+// Without REDUCE, where there are few tiles: then ATTN writes to out. false: it has to be partial results
+bool kvarn_attn_make_whole(kvarn_attn_args * args, float * out, const float * sinks, int n_rot);
 
 // ATTN: tiles and rows -> partial results
 cudaError_t kvarn_attn(const kvarn_attn_args & args, cudaStream_t stream);
@@ -85,11 +95,12 @@ struct kvarn_prep_args {
     kvarn_prep_side side[2];
     int             H, n_tokens;
     const int64_t * list;          // of SEAL, for both sides
-    int             n_list;
+    int             n_list;        // at most 32
     const float   * q;             // n_q vectors of q_size channels, to be rotated by q_rot
     float         * q_out;
     int             n_q, q_size, q_rot;
 };
 
 // PREP: few tokens' keys and values rotated, stored in the tail, tiles that are full sealed, and queries rotated
-cudaError_t kvarn_prep(const kvarn_prep_args & args, cudaStream_t stream);
+// is_behind: its blocks may be placed while the kernel before it on the stream ends
+cudaError_t kvarn_prep(const kvarn_prep_args & args, cudaStream_t stream, bool is_behind = true);

@@ -9,6 +9,7 @@
 //               '------------- PREP ------------'                       '------- REDUCE -------'
 //
 // PREP runs where the last SET_ROWS stands; what comes before it is skipped, so what the rotations read has to live until then.
+// ATTN is launched right behind it, so that it starts while PREP runs, and does the work of REDUCE where there are few tiles.
 
 #include "kvarn-cuda-ggml.cuh"
 
@@ -168,7 +169,7 @@ static bool kvarn_is_kept(const ggml_cgraph * graph, const kvarn_layer & l) {
     return !l.rot[2] || !kvarn_overlap(l.rot[2], l.rot[2]->src[1]);
 }
 
-static void kvarn_run_prep(const kvarn_layer & l, cudaStream_t stream) {
+static kvarn_prep_args kvarn_prep_args_of(const kvarn_layer & l) {
     kvarn_prep_args a = {};
     for (int side = 0; side < 2; ++side) {
         if (!l.seal[side]) {
@@ -194,7 +195,7 @@ static void kvarn_run_prep(const kvarn_layer & l, cudaStream_t stream) {
         a.q_size = a.q_rot = l.rot[2]->ne[0];
         a.n_q    = ggml_nelements(l.rot[2])/a.q_size;
     }
-    CUDA_CHECK(kvarn_prep(a, stream));
+    return a;
 }
 
 // the rotation back that follows a REDUCE and is all that reads it; -1: none
@@ -216,6 +217,31 @@ static int kvarn_find_back(const ggml_cgraph * graph, int i) {
     return -1;
 }
 
+// Runs PREP, and ATTN if it comes next; with REDUCE and the rotation back if ATTN does them. Returns the last node that is done.
+static int kvarn_run_layer(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const kvarn_layer & l) {
+    const kvarn_prep_args prep = kvarn_prep_args_of(l);
+    CUDA_CHECK(kvarn_prep(prep, ctx.stream()));
+
+    int i = l.prep + 1;
+    while (graph->nodes[i] != l.attn) {
+        if (!kvarn_is_noop(graph->nodes[i]) && graph->nodes[i] != l.seal[0] && graph->nodes[i] != l.seal[1]) {
+            return l.prep + 1; // ATTN reads what this computes
+        }
+        i++;
+    }
+    ggml_tensor * reduce = i + 1 < graph->n_nodes ? graph->nodes[i + 1] : nullptr;
+    if (!kvarn_is_op(reduce, KVARN_OP_REDUCE) || reduce->src[0] != l.attn) {
+        ggml_cuda_kvarn_attn(ctx, l.attn, prep.list, prep.n_list, nullptr, nullptr);
+        return i;
+    }
+    const int back = kvarn_find_back(graph, i + 1), last = back < 0 ? i + 1 : back;
+    ggml_tensor * out = graph->nodes[last];
+    for (const ggml_tensor * src : l.attn->src) {
+        out = out && src && kvarn_overlap(out, src) ? nullptr : out; // one block writes while another still reads
+    }
+    return ggml_cuda_kvarn_attn(ctx, l.attn, prep.list, prep.n_list, reduce->src[1], out) ? last : i;
+}
+
 void ggml_cuda_kvarn_keep(ggml_cgraph * graph, kvarn_keep_t keep, void * data) {
     for (int i = 0; i < graph->n_nodes; ++i) {
         ggml_tensor * t = graph->nodes[i];
@@ -230,6 +256,7 @@ void ggml_cuda_kvarn_keep(ggml_cgraph * graph, kvarn_keep_t keep, void * data) {
             const int back = kvarn_find_back(graph, i);
             if (back >= 0) {
                 keep(data, t->src[0], graph->nodes[back]);
+                keep(data, kvarn_behind(t->src[0]->src[KVARN_SRC_Q]), graph->nodes[back]);
             }
         }
     }
@@ -262,7 +289,7 @@ int ggml_cuda_kvarn_fuse(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, i
         return 0;
     }
     if (i == l.prep) {
-        kvarn_run_prep(l, ctx.stream());
+        return kvarn_run_layer(ctx, graph, l) - i;
     }
     return 1; // a rotation and the view of it, or SET_ROWS and its SEAL
 }

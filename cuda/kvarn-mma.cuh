@@ -116,11 +116,13 @@ static __device__ __forceinline__ void kvarn_let_kernel_behind_start() {
 #endif
 }
 
-// Launches a kernel that begins with kvarn_wait_for_kernel_before() so that its blocks may be placed while the kernel before
-// ends. In code for older devices nothing waits, and older drivers cannot keep such a launch in a graph: there it is an ordinary
-// one.
+// Launches a kernel so that its blocks may be placed while the kernel before ends, or from where that one lets them start. Every
+// block of such a kernel waits for the kernel before, and writes nothing and reads nothing of what that one writes until then;
+// and it lets the next one start only behind its own wait, so that the next one finds all but one kernel's work done. In code
+// for older devices nothing waits, and older drivers cannot keep such a launch in a graph: there it is an ordinary one.
 template <typename... P, typename... A>
-static cudaError_t kvarn_launch_behind(void (*kernel)(P...), dim3 grid, int block, cudaStream_t stream, const A &... args) {
+static cudaError_t kvarn_launch_behind(void (*kernel)(P...), dim3 grid, int block, int shared, cudaStream_t stream,
+        const A &... args) {
 #if CUDART_VERSION >= 12030
     cudaFuncAttributes f;
     int driver;
@@ -136,18 +138,49 @@ static cudaError_t kvarn_launch_behind(void (*kernel)(P...), dim3 grid, int bloc
     config.gridDim  = grid;
     config.blockDim = dim3(block);
     config.stream   = stream;
+    config.dynamicSmemBytes = shared;
     config.attrs    = &early;
     config.numAttrs = f.ptxVersion >= 90 && driver >= 12030;
     return cudaLaunchKernelEx(&config, kernel, P(args)...);
 #else
-    KVARN_LAUNCH(kernel, grid, block, 0, stream, P(args)...);
+    KVARN_LAUNCH(kernel, grid, block, shared, stream, P(args)...);
     return cudaGetLastError();
 #endif
+}
+
+// Asks for the lines of some bytes, for the time when they are read: what other blocks still write to them is not missed.
+template <int bytes>
+static __device__ __forceinline__ void kvarn_ask_for(const void * p) {
+#pragma unroll
+    for (int at = 0; at < bytes; at += 128) {
+        asm volatile("prefetch.global.L2 [%0];" :: "l"((const char *) p + at));
+    }
+}
+
+// Brings what nobody writes to the multiprocessor.
+static __device__ __forceinline__ void kvarn_bring(const half * p) {
+    asm volatile("{\n"
+                 ".reg .b16 v;\n"
+                 "ld.global.ca.b16 v, [%0];\n"
+                 "}" :: "l"(p));
 }
 
 // --- copies to shared memory: one warp, one barrier per destination; sizes and addresses are multiples of 16 ---
 
 static __device__ __forceinline__ uint32_t kvarn_shared(const void * p) { return (uint32_t) __cvta_generic_to_shared(p); }
+
+// true in one lane of a whole warp; the compiler knows that it is only one, which a comparison with a lane does not tell it
+static __device__ __forceinline__ bool kvarn_elect() {
+    uint32_t is_elected = 0;
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "elect.sync _|p, 0xffffffff;\n"
+                 "selp.u32 %0, 1, 0, p;\n"
+                 "}" : "=r"(is_elected));
+#endif
+    return is_elected;
+}
 
 static __device__ __forceinline__ void kvarn_barrier_init(uint64_t * barrier) {
 #if __CUDA_ARCH__ >= 900
@@ -161,7 +194,7 @@ static __device__ __forceinline__ void kvarn_barrier_init(uint64_t * barrier) {
 static __device__ __forceinline__ void kvarn_copy_tile(uint64_t * barrier, uint8_t * dst, const uint8_t * src, int quarter,
         int size, int lane) {
 #if __CUDA_ARCH__ >= 900
-    if (lane == 0) {
+    if (kvarn_elect()) {
         const uint32_t b = kvarn_shared(barrier), d = kvarn_shared(dst);
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(b), "r"(size) : "memory");
 #pragma unroll

@@ -21,13 +21,7 @@ static __device__ __forceinline__ void kvarn_rotate(const float * x, T * y, int 
         buffer[d] = x[d];
     }
     __syncwarp();
-    for (int n = 1; n < n_rot; n *= 2) {
-        for (int at = lane; at < D/2; at += 32) {
-            kvarn_butterfly(buffer, at, n);
-        }
-        __syncwarp();
-    }
-    const float scale = 1.0f/sqrtf((float) n_rot);
+    const float scale = kvarn_hadamard(buffer, D, n_rot, lane);
     for (int d = lane; d < D; d += 32) {
         y[d] = (T) (buffer[d]*scale);
     }
@@ -40,7 +34,10 @@ static __global__ void __launch_bounds__(THREADS) kvarn_prep_kernel(const kvarn_
 
     const int warp = threadIdx.x/32;
     float * buffer = (float *) shared + warp*KVARN_D_MAX;
-    const int64_t slot = a.n_list > 0 ? a.list[0] : -1; // on its way while rows are rotated
+    kvarn_wait_for_kernel_before();
+    kvarn_let_kernel_behind_start(); // it knows what is written here, and waits for that
+    const int lane = threadIdx.x % 32;
+    const int64_t slot = lane < a.n_list ? a.list[2*lane] : -1; // on its way while rows are rotated
     int block = blockIdx.x;
 
     for (int side = 0; side < 2; ++side) {
@@ -54,12 +51,10 @@ static __global__ void __launch_bounds__(THREADS) kvarn_prep_kernel(const kvarn_
         for (int t = warp; t < a.n_tokens; t += N_WARPS) {
             kvarn_rotate(s.cur + t*stride + block*s.D, s.tail + s.rows[t]*stride + block*s.D, s.D, s.n_rot, buffer);
         }
-        for (int n = 0; n < a.n_list; ++n) {
-            const int64_t from = n ? a.list[2*n] : slot;
-            if (from >= 0) {
-                __syncthreads(); // the rows are there; the last tile is done
-                kvarn_seal_head<in_shared>(side, s.bits, s.D, H, block, s.tail, from, a.list[2*n + 1], s.tiles, shared);
-            }
+        for (uint32_t left = __ballot_sync(0xffffffff, slot >= 0); left != 0; left &= left - 1) {
+            const int n = __ffs(left) - 1;
+            __syncthreads(); // the rows are there; the last tile is done
+            kvarn_seal_head<in_shared>(side, s.bits, s.D, H, block, s.tail, a.list[2*n], a.list[2*n + 1], s.tiles, shared);
         }
         return;
     }
@@ -71,7 +66,7 @@ static __global__ void __launch_bounds__(THREADS) kvarn_prep_kernel(const kvarn_
 }
 
 template <bool in_shared>
-static cudaError_t kvarn_prep_start(const kvarn_prep_args & a, int D, cudaStream_t stream) {
+static cudaError_t kvarn_prep_start(const kvarn_prep_args & a, int D, cudaStream_t stream, bool is_behind) {
     const int n_blocks = (a.side[0].bits ? a.H : 0) + (a.side[1].bits ? a.H : 0) + (a.n_q + N_WARPS - 1)/N_WARPS;
     const int rotate = N_WARPS*KVARN_D_MAX*(int) sizeof(float), seal = a.n_list > 0 ? kvarn_seal_shared(D, in_shared) : 0;
     const int size   = seal > rotate ? seal : rotate;
@@ -80,11 +75,14 @@ static cudaError_t kvarn_prep_start(const kvarn_prep_args & a, int D, cudaStream
     if (error != cudaSuccess) {
         return error;
     }
+    if (is_behind) {
+        return kvarn_launch_behind(kvarn_prep_kernel<in_shared>, dim3(n_blocks), THREADS, size, stream, a);
+    }
     KVARN_LAUNCH(kvarn_prep_kernel<in_shared>, n_blocks, THREADS, size, stream, a);
     return cudaGetLastError();
 }
 
-cudaError_t kvarn_prep(const kvarn_prep_args & a, cudaStream_t stream) {
+cudaError_t kvarn_prep(const kvarn_prep_args & a, cudaStream_t stream, bool is_behind) {
     int D = 0;
     for (const kvarn_prep_side & s : a.side) {
         D = s.bits && s.D > D ? s.D : D;
@@ -94,7 +92,7 @@ cudaError_t kvarn_prep(const kvarn_prep_args & a, cudaStream_t stream) {
     if (error != cudaSuccess) {
         return error;
     }
-    return in_shared ? kvarn_prep_start<true>(a, D, stream) : kvarn_prep_start<false>(a, D, stream);
+    return in_shared ? kvarn_prep_start<true>(a, D, stream, is_behind) : kvarn_prep_start<false>(a, D, stream, is_behind);
 }
 
 #endif

@@ -23,6 +23,7 @@ static __global__ void __launch_bounds__(32*N_WARPS) kvarn_reduce_kernel(const f
     const float * p = part + (int64_t) blockIdx.x*cap*(D + 2);
 
     kvarn_wait_for_kernel_before();
+    kvarn_let_kernel_behind_start();
     float  max = -1e30f, sum = 0.0f;
     float2 acc[N];
 #pragma unroll
@@ -128,8 +129,8 @@ template <int N>
 static cudaError_t kvarn_reduce_start(const float * part, const float * sinks, float * out, int D, int n, int n_head, int cap,
         int n_split, cudaStream_t stream, int n_rot, bool is_behind) {
     if (is_behind) {
-        return kvarn_launch_behind(kvarn_reduce_kernel<N>, dim3(n), 32*N_WARPS, stream, part, sinks, out, D, n_head, cap, n_split,
-                n_rot);
+        return kvarn_launch_behind(kvarn_reduce_kernel<N>, dim3(n), 32*N_WARPS, 0, stream, part, sinks, out, D, n_head, cap,
+                n_split, n_rot);
     }
     KVARN_LAUNCH(kvarn_reduce_kernel<N>, n, 32*N_WARPS, 0, stream, part, sinks, out, D, n_head, cap, n_split, n_rot);
     return cudaGetLastError();

@@ -7,31 +7,14 @@
 //        cuda/bench/bench-seal.cu cuda/kvarn-seal.cu cuda/kvarn-get.cu ggml-kvarn/kvarn-ref.c && ./bench-seal
 //   ./bench-seal check     only the checks (for compute-sanitizer)
 
+#include "bench.cuh"
 #include "kvarn-cuda.h"
 #include "kvarn.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <random>
-#include <vector>
-
-static void ok(cudaError_t error, const char * what) {
-    if (error != cudaSuccess) {
-        fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
-        exit(1);
-    }
-}
-
-template <typename T>
-static T * on_device(const std::vector<T> & v) {
-    T * p;
-    ok(cudaMalloc(&p, v.size()*sizeof(T)), "cudaMalloc");
-    ok(cudaMemcpy(p, v.data(), v.size()*sizeof(T), cudaMemcpyHostToDevice), "cudaMemcpy");
-    return p;
-}
 
 enum { H = 2, N_SLOTS = 8, N_TILES = 8 };
 

@@ -140,6 +140,7 @@ extern "C" {
 cudaError_t cudaMalloc(void ** p, size_t size) { return (*p = malloc(size + 256)) ? cudaSuccess : cudaErrorMemoryAllocation; }
 cudaError_t cudaFree(void * p) { free(p); return cudaSuccess; }
 cudaError_t cudaMemcpy(void * dst, const void * src, size_t size, cudaMemcpyKind) { memcpy(dst, src, size); return cudaSuccess; }
+cudaError_t cudaMemset(void * p, int byte, size_t size) { memset(p, byte, size); return cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int * device) { *device = 0; return cudaSuccess; }

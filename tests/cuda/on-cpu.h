@@ -227,10 +227,12 @@ inline uint32_t kvarn_max_abs2(uint32_t m, uint32_t v) {
 
 inline void kvarn_wait_for_kernel_before() {}
 inline void kvarn_let_kernel_behind_start() {}
+template <int bytes> void kvarn_ask_for(const void *) {}
+inline void kvarn_bring(const half *) {}
 
 template <typename... P, typename... A>
-cudaError_t kvarn_launch_behind(void (*kernel)(P...), dim3 grid, int block, cudaStream_t, const A &... args) {
-    kvarn_run(grid, dim3(block), 0, [&] { kernel(P(args)...); });
+cudaError_t kvarn_launch_behind(void (*kernel)(P...), dim3 grid, int block, int shared, cudaStream_t, const A &... args) {
+    kvarn_run(grid, dim3(block), shared, [&] { kernel(P(args)...); });
     return cudaSuccess;
 }
 
