@@ -94,24 +94,9 @@ class Symbol(ctypes.Structure):
     _fields_ = [("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("name", ctypes.c_char_p), ("address", ctypes.c_void_p)]
 
 
-LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-
-
-def open_backends(folder: Path) -> ctypes.CDLL:
-    """libggml, with its backends: a wheel has one library per CPU level and loads the best one when it is asked to."""
-    handle = ctypes.CDLL(str(library.library_file(folder, "ggml")))
-    handle.ggml_backend_reg_count.restype = ctypes.c_size_t
-    if not handle.ggml_backend_reg_count():
-        base, quiet = ctypes.CDLL(str(library.library_file(folder, "ggml-base"))), LOG(lambda *_: None)
-        base.ggml_log_set(quiet, None)
-        handle.ggml_backend_load_all()
-        base.ggml_log_set(None, None)
-    return handle
-
-
 def cpu_library(folder: Path) -> Path:
     """The library of the CPU backend in use; ImportError if there is none that this processor can run."""
-    handle, base = open_backends(folder), ctypes.CDLL(str(library.library_file(folder, "ggml-base")))
+    handle, base = library.load_backends(folder), ctypes.CDLL(str(library.library_file(folder, "ggml-base")))
     handle.ggml_backend_reg_by_name.argtypes, handle.ggml_backend_reg_by_name.restype = [ctypes.c_char_p], ctypes.c_void_p
     find, found = base.ggml_backend_reg_get_proc_address, Symbol()
     find.argtypes, find.restype = [ctypes.c_void_p, ctypes.c_char_p], ctypes.c_void_p
@@ -124,7 +109,7 @@ def cpu_library(folder: Path) -> Path:
 
 def devices(folder: Path) -> "list[dict[str, Any]]":
     """What the library can compute on."""
-    handle = open_backends(folder)
+    handle = library.load_backends(folder)
     handle.ggml_backend_dev_count.restype = ctypes.c_size_t
     handle.ggml_backend_dev_get.argtypes, handle.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
     base = ctypes.CDLL(str(library.library_file(folder, "ggml-base")))

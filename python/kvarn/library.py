@@ -29,6 +29,8 @@ N_TYPE_IDS = 256                 # how far type ids are searched; kvarn_type_bit
 STRUCT_SIZES = {"llama_context_params": 160, "llama_model_params": 80, "llama_batch": 56, "llama_token_data_array": 32}
 DEFAULTS = {"n_ctx": 512, "n_batch": 2048, "type_k": 1, "type_v": 1, "flash_attn_type": -1}
 
+LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+
 _lock = threading.Lock()
 _loaded = None
 
@@ -106,6 +108,20 @@ def probe(folder: Path) -> Library:
     return Library(folder, types, format_version)
 
 
+def load_backends(folder: Path) -> ctypes.CDLL:
+    """libggml with its backends: a wheel has one library per CPU level, and the best one is loaded when somebody asks."""
+    handle = ctypes.CDLL(str(library_file(folder, "ggml")))
+    handle.ggml_backend_reg_count.restype = ctypes.c_size_t
+    if not handle.ggml_backend_reg_count():
+        base, log, data = ctypes.CDLL(str(library_file(folder, "ggml-base"))), ctypes.c_void_p(), ctypes.c_void_p()
+        quiet = LOG(lambda *_: None)
+        base.ggml_log_get(ctypes.byref(log), ctypes.byref(data))
+        base.ggml_log_set(quiet, None)
+        handle.ggml_backend_load_all()
+        base.ggml_log_set(log, data)
+    return handle
+
+
 def bundled_binding() -> "Path | None":
     """The folder of the llama-cpp-python that came with this install, without libraries; None if it came with none."""
     return next((folder / "binding" for folder in package_dirs() if (folder / "binding" / "llama_cpp").is_dir()), None)
@@ -171,6 +187,7 @@ def _load() -> Library:
                           "put `from kvarn import Llama` (or kvarn.load()) before the first `import llama_cpp`")
     check_version()
     library = probe(folder)
+    load_backends(folder)
     if binding is None:
         warn_of_lost_gpu(folder)
         # llama_cpp reads both when it is imported; child processes must not inherit them
