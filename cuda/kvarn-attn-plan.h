@@ -19,11 +19,9 @@ struct kvarn_attn_layout {
 };
 
 #define KVARN_ATTN_WARPS 4 // per block, at most
+#define KVARN_ATTN_WARPS_SM 8 // per multiprocessor: they keep the memory of a large device busy, more are slower
 #define KVARN_ATTN_WHOLE 1 // tiles per warp up to which one block does all of a KV head
 #define KVARN_ATTN_EARLY 128 // tiles up to which ATTN starts while PREP runs; with more, starting behind it is as fast or faster
-
-// warps per multiprocessor: eight keep the memory of a large device busy, small heads have more to do per byte
-static inline int kvarn_attn_warps_sm(int D, int nc) { return nc == 1 && D < 128 ? 12 : 8; }
 
 // whether a block can do sealed tiles and open ones, and start early: with the most sums there are not enough registers
 static __host__ __device__ __forceinline__ constexpr bool kvarn_attn_may_be_whole(int D, int nc) { return D*nc <= 256; }

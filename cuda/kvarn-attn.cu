@@ -40,8 +40,7 @@ cudaError_t kvarn_attn_plan(kvarn_attn_args * a) {
     a->n_warps = 4;
     a->n_open  = 0;    // kvarn_attn_any takes tiles as they come
     if (kvarn_attn_pick(*a) != kvarn_attn_any) {
-        const int nc = kvarn_attn_columns(*a);
-        n_columns = 4*nc;
+        n_columns = 4*kvarn_attn_columns(*a);
         a->n_open = a->n_rows < 4 ? a->n_rows : 4; // as many sequences may be in the batch
         a->n_open = a->n_open < a->cap ? a->n_open : a->cap - 1;
         // as many warps as there is room for; large blocks, since each reads the query vectors and writes a partial result
@@ -49,7 +48,7 @@ cudaError_t kvarn_attn_plan(kvarn_attn_args * a) {
         for (int warps = KVARN_ATTN_WARPS; warps >= 1; --warps) {
             a->n_warps = warps;
             const int size   = kvarn_attn_lay_out(*a).total;
-            const int fit    = shared_sm/(size + 1024), most = kvarn_attn_warps_sm(a->side[0].D, nc)/warps;
+            const int fit    = shared_sm/(size + 1024), most = KVARN_ATTN_WARPS_SM/warps;
             const int blocks = fit < most ? fit : most;
             if (size <= shared_block && 2*blocks*warps + warps > best) {
                 best     = 2*blocks*warps + warps;

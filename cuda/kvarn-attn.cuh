@@ -119,17 +119,15 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
         return __any_sync(0xffffffff, is_seen) ? KVARN_MASKED : KVARN_SKIPPED;
     };
 
-    // The open tiles of this block, 32 rows at a time: f(tile, its slot, which quarter).
-    const auto for_open_rows = [&](auto && f) {
+    // The open tiles of this block: f(tile, its slot); a warp takes 32 rows at a time.
+    const auto for_open_tiles = [&](auto && f) {
         for (int t0 = 0, n_seen = 0; t0 < a.n_used; t0 += 32) {
             const int mine = t0 + lane < a.n_used ? (int) map[t0 + lane] : -2;
             for (uint32_t left = __ballot_sync(0xffffffff, mine >= 0); left != 0; left &= left - 1, ++n_seen) {
                 const int at    = __ffs(left) - 1;
                 const int where = __shfl_sync(0xffffffff, mine, at);
                 if (is_whole || n_seen % a.n_open == part - a.n_split) {
-                    for (int quarter = warp; quarter < 4; quarter += n_warps) {
-                        f(t0 + at, where, quarter);
-                    }
+                    f(t0 + at, where);
                 }
             }
         }
@@ -200,13 +198,15 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
     int seen = examine(first, t_begin);
     if (is_early) {
         if (is_open || is_whole) {
-            for_open_rows([&](int t, int where, int quarter) {
-                kvarn_bring(mask + t*KVARN_G + 32*quarter + lane);
+            for_open_tiles([&](int t, int where) {
+                for (int row = 32*warp + lane; row < KVARN_G; row += 32*n_warps) {
+                    kvarn_bring(mask + t*KVARN_G + row);
 #pragma unroll
-                for (int side = 0; side < 2; ++side) {
-                    const kvarn_cuda_side & k = a.side[side];
-                    if (k.bits) {
-                        kvarn_ask_for<D*2>(k.rows + h*k.head_stride + ((int64_t) where*KVARN_G + 32*quarter + lane)*k.row_stride);
+                    for (int side = 0; side < 2; ++side) {
+                        const kvarn_cuda_side & k = a.side[side];
+                        if (k.bits) {
+                            kvarn_ask_for<D*2>(k.rows + h*k.head_stride + ((int64_t) where*KVARN_G + row)*k.row_stride);
+                        }
                     }
                 }
             });
@@ -306,32 +306,35 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
         }
     };
     const auto attend_open = [&] {
-        for_open_rows([&](int t, int where, int quarter) {
-            const half * m = mask + t*KVARN_G + 32*quarter;
-            bool is_seen = false;
-            for (int r = 0; r < n_mask; ++r) {
-                is_seen |= __half_as_ushort(m[r*a.mask_row + lane]) != 0xfc00;
-            }
-            if (!__any_sync(0xffffffff, is_seen)) {
-                return;
-            }
+        for_open_tiles([&](int t, int where) {
             const half * rows[2];
 #pragma unroll
             for (int side = 0; side < 2; ++side) {
                 const kvarn_cuda_side & k = a.side[side];
-                rows[side] = k.rows + h*k.head_stride + 32*quarter*k.row_stride + (k.bits ? (int64_t) where*KVARN_G*k.row_stride :
-                                                          s*k.stream_stride + (int64_t) t*KVARN_G*k.row_stride);
+                rows[side] = k.rows + h*k.head_stride + (k.bits ? (int64_t) where*KVARN_G*k.row_stride :
+                                                         s*k.stream_stride + (int64_t) t*KVARN_G*k.row_stride);
             }
-            float p[4][NC], tile_max[NC], tile_sum[NC], weight[NC];
-            kvarn_score_rows<D, 2, NC, BK != 0>(p, rows[0], a.side[0].row_stride, qf, col, lane);
-            kvarn_cap_scores(p, col);
-            kvarn_mask_scores(p, m, a.mask_row, col, g);
-            kvarn_soften(p, tile_max, tile_sum);
-            sums.raise(tile_max, tile_sum, weight);
+            for (int quarter = warp; quarter < 4; quarter += n_warps) {
+                const half * m = mask + t*KVARN_G + 32*quarter;
+                bool is_seen = false;
+                for (int r = 0; r < n_mask; ++r) {
+                    is_seen |= __half_as_ushort(m[r*a.mask_row + lane]) != 0xfc00;
+                }
+                if (!__any_sync(0xffffffff, is_seen)) {
+                    continue;
+                }
+                float p[4][NC], tile_max[NC], tile_sum[NC], weight[NC];
+                kvarn_score_rows<D, 2, NC, BK != 0>(p, rows[0] + 32*quarter*a.side[0].row_stride, a.side[0].row_stride, qf, col,
+                        lane);
+                kvarn_cap_scores(p, col);
+                kvarn_mask_scores(p, m, a.mask_row, col, g);
+                kvarn_soften(p, tile_max, tile_sum);
+                sums.raise(tile_max, tile_sum, weight);
 #pragma unroll
-            for (int b = 0; b < 2; ++b) {
-                kvarn_add_rows<BV ? BV : 2, D>(sums.out, weight, rows[1] + 16*b*a.side[1].row_stride, a.side[1].row_stride,
-                        kvarn_pack_p(p, 2*b), lane);
+                for (int b = 0; b < 2; ++b) {
+                    kvarn_add_rows<BV ? BV : 2, D>(sums.out, weight, rows[1] + (32*quarter + 16*b)*a.side[1].row_stride,
+                            a.side[1].row_stride, kvarn_pack_p(p, 2*b), lane);
+                }
             }
         });
     };
