@@ -49,7 +49,7 @@ ELSEWHERE = [
     (r"python tests/bench/(ablation|shift)\.py", "tests/test_quality.py runs a small study; shift.py needs a text model"),
     (r"test-backend-ops -o KVARN$", "tests/test_llama_upstream.py; on another backend it needs that device"),
     (r"make soak$", "half an hour; tests/test_soak.py runs two minutes of it"),
-    (r"(CMAKE_ARGS=\S+ )?pip (install|wheel) .*(-e )?\.$|cmake -B build && cmake --build build$",
+    (r"(CMAKE_ARGS=(\"[^\"]*\"|\S+) )?pip (install|wheel) .*(-e )?\.$|cmake -B build && cmake --build build$",
      "a build of llama.cpp, ten minutes: make test has done it with the same CMakeLists.txt"),
     (r"CMAKE_ARGS=\"?-DGGML_CUDA=on\"? ", "needs nvcc and an NVIDIA GPU"),
     (r"python cuda/bench/", "needs an NVIDIA GPU"),

@@ -67,7 +67,7 @@ def test_table_is_up_to_date():
 def test_pinned_version_is_written_once():
     pin = upstream.read_pin(SOURCE)
     text = (ROOT / "pyproject.toml").read_text()
-    assert f"llama-cpp-python=={pin.version}" in text and f"llama-cpp-python[server]=={pin.version}" in text
+    assert f"llama-cpp-python=={pin.version}" in text
 
 
 @pytest.mark.slow
