@@ -221,6 +221,9 @@ static int kvarn_find_back(const ggml_cgraph * graph, int i) {
 static int kvarn_run_layer(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const kvarn_layer & l) {
     const kvarn_prep_args prep = kvarn_prep_args_of(l);
     CUDA_CHECK(kvarn_prep(prep, ctx.stream()));
+    if (ggml_kvarn_get_attn_shape(l.attn).chunk == 0) {
+        return l.prep + 1; // more rows than ATTN takes: a prompt's node
+    }
 
     int i = l.prep + 1;
     while (graph->nodes[i] != l.attn) {
