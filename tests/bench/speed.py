@@ -127,6 +127,19 @@ def cpu_table(*names: str, threads: int, depths: "tuple[int, ...]", prompts: "tu
     return quality.table(["keys/values", *(f"{depth}" for depth in depths), *(f"prompt at {depth}" for depth in prompts)], body)
 
 
+def runs_at(depth: int, *names: str) -> str:
+    """The same depth in several runs, two threads: how far a shared host moves figures and ratios."""
+    runs = [decoding(name) for name in names]
+    body = []
+    for cache in ("f16", "q4_0", "kvarn4/kvarn2", "kvarn2"):
+        line = [cache]
+        for rows in runs:
+            value, base = rows[cache, depth]["decode_tok_s"], rows["f16", depth]["decode_tok_s"]
+            line.append(speed(value) + ("" if cache == "f16" else f" ({times(value, base)})"))
+        body.append(line)
+    return quality.table([f"keys/values, depth {depth}", *(f"run {i}" for i in range(1, len(runs) + 1))], body)
+
+
 def spread(*names: str) -> str:
     """How far turns lie from their median, most of all rows, by depth."""
     def most(rows) -> str:
@@ -193,6 +206,8 @@ def texts() -> "dict[str, str]":
         "first": first(quality.load()),
         "cpu_two": f"{two}\n\n{spread(idle[0])}",
         "cpu_one": cpu_table("decode-zen3-deep.csv", threads=1, depths=(16384, 65536), prompts=(16384,)),
+        "cpu_again": runs_at(16384, *idle, "decode-zen3-2threads-16384.csv"),
+        "cpu_avx512_one": cpu_table("decode-xeon-avx512-1thread.csv", threads=1, depths=(0, 16384), prompts=()),
         "cpu_avx512": cpu_table("decode-xeon-avx512.csv", threads=2, depths=(4096,), prompts=(4096,)),
         "kernels_avx2": kernels(KERNELS[0]), "kernels_avx512": kernels(KERNELS[1]),
         "cuda": cuda_table(), "attention": attention(), "soak": soak(),
