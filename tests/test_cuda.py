@@ -149,3 +149,15 @@ def test_glue_passes_upstreams_test(kernels_on_cpu, tmp_path, test_bin_dir):
     said = run(test_bin_dir / "test-backend-ops", "test", "-b", "PTX", "-o", "KVARN", "-p", UPSTREAM_CASES,
                env={**os.environ, "GGML_BACKEND_PATH": str(library), "KVARN_CPU": "portable"})
     assert "not supported" not in said and said.count("KVARN(") >= 30, said[-2000:]
+
+
+@pytest.mark.upstream
+def test_windows_of_a_prompt_give_the_bits_of_all_heads_at_once(kernels_on_cpu, tmp_path, test_bin_dir):
+    """kvarn-prompt-ggml.cu on the CPU: GET of some heads, flash attention of each window, its place in the result."""
+    tree = patched_tree() / "ggml"
+    sources = [*GLUE, ROOT / "tests/cuda/backend-ggml.cpp", ROOT / "tests/cuda/prompt-ggml.cpp"]
+    objects = compile_for_cpu(sources, tmp_path, f"-I{ROOT}/tests/cuda/stubs", f"-I{tree}/include", f"-I{tree}/src", "-include",
+                              "ggml-impl.h")
+    run("g++", "-o", tmp_path / "prompt", *objects, *kernels_on_cpu, f"-L{test_bin_dir}", "-lggml", "-lggml-base",
+        f"-Wl,-rpath,{test_bin_dir},-rpath-link,{test_bin_dir}")
+    assert " 0 failed" in run(tmp_path / "prompt", timeout=600)

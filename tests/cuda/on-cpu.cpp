@@ -141,6 +141,13 @@ cudaError_t cudaMalloc(void ** p, size_t size) { return (*p = malloc(size + 256)
 cudaError_t cudaFree(void * p) { free(p); return cudaSuccess; }
 cudaError_t cudaMemcpy(void * dst, const void * src, size_t size, cudaMemcpyKind) { memcpy(dst, src, size); return cudaSuccess; }
 cudaError_t cudaMemset(void * p, int byte, size_t size) { memset(p, byte, size); return cudaSuccess; }
+cudaError_t cudaMemcpy2DAsync(void * dst, size_t dst_pitch, const void * src, size_t src_pitch, size_t width, size_t height,
+        cudaMemcpyKind, cudaStream_t) {
+    for (size_t row = 0; row < height; ++row) {
+        memcpy((char *) dst + row*dst_pitch, (const char *) src + row*src_pitch, width);
+    }
+    return cudaSuccess;
+}
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int * device) { *device = 0; return cudaSuccess; }

@@ -1,0 +1,130 @@
+// prompt-ggml.cpp - a prompt's attention by kvarn-prompt-ggml.cu, run on the CPU: windows of heads give the bits of GET of all
+// heads and one flash attention. That is stubs/fattn.cuh, the device that of backend-ggml.cpp.
+//
+// SPDX-License-Identifier: MIT
+
+#include "kvarn-cuda-ggml.cuh"
+#include "fattn.cuh"
+#include "kvarn-format.h"
+#include "kvarn-graph.h"
+
+#include "ggml-alloc.h"
+#include "ggml-backend-impl.h"
+#include "ggml-cpp.h"
+
+#include <random>
+
+extern "C" ggml_backend_reg_t ggml_backend_init(void);
+
+enum { D = 64, H = 5, GQA = 2, ROWS = 17, N_TILES = 10, N_STREAM = 2, N_SLOTS = N_TILES*N_STREAM };
+
+// the memory of a device that is not the host
+static ggml_backend_buffer_type_t device_memory() {
+    static ggml_backend_buffer_type type = *ggml_backend_cpu_buffer_type();
+    type.iface.is_host = nullptr;
+    type.device        = ggml_backend_reg_dev_get(ggml_backend_init(), 0);
+    return &type;
+}
+
+static ggml_context_ptr context() { return ggml_context_ptr(ggml_init({ 64*ggml_tensor_overhead(), nullptr, true })); }
+
+static void randomize(ggml_tensor * t, std::mt19937 & rng) {
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < ggml_nelements(t); ++i) {
+        if (t->type == GGML_TYPE_F32) {
+            ((float *) t->data)[i] = normal(rng);
+        } else {
+            ((ggml_fp16_t *) t->data)[i] = ggml_fp32_to_fp16(normal(rng));
+        }
+    }
+}
+
+// bits 0: that side is an f16 cache. Returns how many windows' results differ from those of GET and flash attention
+static int check(int bits_k, int bits_v, bool has_sinks) {
+    const int64_t n_kv = N_TILES*KVARN_G;
+    const int bits[2] = { bits_k, bits_v };
+    std::mt19937 rng(bits_k*8 + bits_v);
+    const ggml_context_ptr data = context();
+    ggml_context * ctx = data.get();
+
+    ggml_tensor * plan  = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1 + 2*N_SLOTS + N_TILES*N_STREAM);
+    ggml_tensor * mask  = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, n_kv, ROWS, 1, N_STREAM);
+    ggml_tensor * q     = ggml_new_tensor_4d(ctx, GGML_TYPE_F32, D, H*GQA, ROWS, N_STREAM);
+    ggml_tensor * sinks = has_sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, H*GQA) : nullptr;
+    ggml_tensor * tiles[2] = {}, * rows[2];
+    for (int side : { KVARN_KEY, KVARN_VALUE }) {
+        if (bits[side]) {
+            tiles[side] = ggml_new_tensor_3d(ctx, GGML_TYPE_I8, (int64_t) kvarn_tile_size(D, bits[side])*H, N_TILES, N_STREAM);
+            rows [side] = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D*H, KVARN_G*N_SLOTS);
+        } else {
+            rows [side] = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, D, H, n_kv, N_STREAM);
+        }
+    }
+    const ggml_backend_buffer_ptr memory(ggml_backend_alloc_ctx_tensors_from_buft(ctx, device_memory()));
+    randomize(q, rng);
+    randomize(rows[0], rng);
+    randomize(rows[1], rng);
+    if (sinks) {
+        randomize(sinks, rng);
+    }
+    std::vector<int64_t> p(1, 0);
+    for (int i = 0; i < N_SLOTS; ++i) { // slot i is tile i, sealed or read as it is
+        p.push_back(i % 5 == 2 ? -1 : i);
+        p.push_back(i % 5 == 2 ? -1 : i);
+    }
+    for (int i = 0; i < N_SLOTS; ++i) {
+        p.push_back(i % 5 == 2 ? i : i % 7 == 6 ? KVARN_MAP_EMPTY : KVARN_MAP_SEALED);
+    }
+    memcpy(plan->data, p.data(), p.size()*sizeof(int64_t));
+    for (int64_t i = 0; i < ggml_nelements(mask); ++i) {
+        const int64_t tile = i/(n_kv*ROWS)*N_TILES + i % n_kv/KVARN_G;
+        ((ggml_fp16_t *) mask->data)[i] = ggml_fp32_to_fp16(tile % 7 == 6 || i % 3 == 1 ? -INFINITY : 0.0f);
+    }
+
+    const ggml_context_ptr graph = context();
+    ctx = graph.get();
+    ggml_backend_cuda_context cuda;
+    std::vector<std::vector<uint8_t>> buffers;
+    const auto compute = [&](ggml_tensor * t) {
+        buffers.emplace_back(ggml_nbytes(t), 0xff);
+        t->data = t->view_src ? t->view_src->data : buffers.back().data();
+        GGML_ASSERT(ggml_cuda_op_kvarn(cuda, t));
+    };
+    ggml_tensor * kv[2];
+    for (int side : { KVARN_KEY, KVARN_VALUE }) {
+        if (bits[side]) {
+            const kvarn_shape shape = { side, bits[side], D, H, 1, N_SLOTS, N_TILES };
+            compute(ggml_kvarn_seal(ctx, tiles[side], rows[side], plan, shape));
+            ggml_tensor * get = ggml_kvarn_get(ctx, tiles[side], rows[side], plan, shape, n_kv, 0, N_STREAM);
+            compute(get);
+            kv[side] = ggml_permute(ctx, get, 0, 2, 1, 3);
+        } else {
+            kv[side] = ggml_permute(ctx, rows[side], 0, 2, 1, 3);
+        }
+    }
+    q = ggml_permute(ctx, q, 0, 2, 1, 3);
+    ggml_tensor * want = ggml_flash_attn_ext(ctx, q, kv[0], kv[1], mask, 0.2f, 0.0f, 3.0f);
+    ggml_flash_attn_ext_add_sinks(want, sinks);
+    buffers.emplace_back(ggml_nbytes(want), 0xff);
+    want->data = buffers.back().data();
+    ggml_cuda_flash_attn_ext(cuda, want);
+
+    int n_bad = 0;
+    for (const char * window : { "1", "2", "160" }) { // MiB: a head at a time, three and two, all
+        setenv("KVARN_WINDOW", window, 1);
+        ggml_tensor * node = ggml_kvarn_attn(ctx, q, kv[0], kv[1], mask, sinks, 0.2f, 0.0f, 3.0f);
+        GGML_ASSERT(node && ggml_kvarn_get_op(node) == KVARN_OP_ATTN); // one node for all
+        compute(node);
+        if (memcmp(node->data, want->data, ggml_nbytes(want)) != 0) {
+            printf("FAILED bits %d/%d sinks %d: a window of %s MiB gives other values\n", bits_k, bits_v, has_sinks, window);
+            ++n_bad;
+        }
+    }
+    return n_bad;
+}
+
+int main() {
+    const int n_bad = check(4, 2, false) + check(3, 3, true) + check(2, 0, true) + check(0, 4, false);
+    printf("check: 12 prompts, %d failed\n", n_bad);
+    return n_bad != 0;
+}
