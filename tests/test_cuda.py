@@ -152,8 +152,8 @@ def test_glue_passes_upstreams_test(kernels_on_cpu, tmp_path, test_bin_dir):
 
 
 @pytest.mark.upstream
-def test_windows_of_a_prompt_give_the_bits_of_all_heads_at_once(kernels_on_cpu, tmp_path, test_bin_dir):
-    """kvarn-prompt-ggml.cu on the CPU: GET of some heads, flash attention of each window, its place in the result."""
+def test_a_prompt_gives_the_bits_of_get_and_one_flash_attention(kernels_on_cpu, tmp_path, test_bin_dir):
+    """kvarn-prompt-ggml.cu on the CPU: GET of some heads, flash attention of each window, where it goes; all behind PREP."""
     tree = patched_tree() / "ggml"
     sources = [*GLUE, ROOT / "tests/cuda/backend-ggml.cpp", ROOT / "tests/cuda/prompt-ggml.cpp"]
     objects = compile_for_cpu(sources, tmp_path, f"-I{ROOT}/tests/cuda/stubs", f"-I{tree}/include", f"-I{tree}/src", "-include",
