@@ -19,7 +19,8 @@ import pytest
 from kvarn import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT/"README.md", ROOT/"CONTRIBUTING.md", *sorted((ROOT/"docs").glob("*.md"))]
+DOCUMENTS = [*(ROOT/name for name in ("README.md", "CONTRIBUTING.md", "cuda/README.md", "metal/README.md")),
+             *sorted((ROOT/"docs").glob("*.md"))]
 SHELLS = ("", "sh", "bash", "console")
 PROGRAMS = r"""kvarn|make|gmake|pip|python3?|\.venv/bin/python|pytest|cmake|docker|git|llama-[a-z-]+|test-backend-ops|apt-get|
                brew|nvcc|curl|\./\w[\w-]*|\.[ ]\.venv\S*"""
@@ -52,7 +53,8 @@ ELSEWHERE = [
     (r"(CMAKE_ARGS=(\"[^\"]*\"|\S+) )?pip (install|wheel) .*(-e )?\.$|cmake -B build && cmake --build build$",
      "a build of llama.cpp, ten minutes: make test has done it with the same CMakeLists.txt"),
     (r"CMAKE_ARGS=\"?-DGGML_CUDA=on\"? ", "needs nvcc and an NVIDIA GPU"),
-    (r"python cuda/bench/", "needs an NVIDIA GPU"),
+    (r"python cuda/bench/|make test ARGS=\"-m cuda\"$", "needs an NVIDIA GPU"),
+    (r"gmake test|KVARN_METAL_TINY=", "needs a Mac"),
     (r"docker ", "needs Docker, the build a network, and the run a GPU; tests/test_packaging.py reads the container file"),
     (r"apt-get install |brew install ", "needs root"),
     (r"pip (cache remove|install '\.\[server\]')", "would change the environment that the tests run in"),
@@ -77,9 +79,10 @@ def written() -> "list[tuple[str, str]]":
     """(document, command) of every line of a block that begins with a program, and of every make, pip, .. inside a sentence."""
     found = []
     for path in DOCUMENTS:
+        name = str(path.relative_to(ROOT))
         lines = [plain(line) for block in blocks(path, *SHELLS) for line in block.splitlines()]
         lines += re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S))
-        found += [(path.name, line) for line in lines if PROGRAM.match(line) and " .. " not in line and line.split()[-1] != "|"]
+        found += [(name, line) for line in lines if PROGRAM.match(line) and " .. " not in line and line.split()[-1] != "|"]
     return list(dict.fromkeys((name, line) for name, line in found if " " in line))
 
 
@@ -105,7 +108,8 @@ def runs() -> "list[tuple[str, str]]":
 
 def test_examples_are_found():
     names = {name for name, _ in written()}
-    assert {"README.md", "CONTRIBUTING.md", "quickstart.md", "benchmarks.md", "choosing.md", "porting.md"} <= names
+    pages = ("quickstart", "benchmarks", "choosing", "porting")
+    assert {"README.md", "CONTRIBUTING.md", "cuda/README.md", "metal/README.md", *(f"docs/{page}.md" for page in pages)} <= names
     assert len(runs()) >= 15
 
 
