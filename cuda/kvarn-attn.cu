@@ -89,7 +89,7 @@ bool kvarn_attn_make_whole(kvarn_attn_args * a, float * out, const float * sinks
 
 cudaError_t kvarn_attn(const kvarn_attn_args & args, cudaStream_t stream) {
     kvarn_attn_args a = args;
-    a.list = a.n_used <= KVARN_ATTN_EARLY ? a.list : nullptr;
+    a.is_behind = a.is_behind && a.n_used <= KVARN_ATTN_EARLY;
     return kvarn_attn_pick(a)(a, stream);
 }
 

@@ -18,8 +18,8 @@
 // Open tiles (f16 rows of the tail) are shares of their own: a quarter of a tile per warp, straight from global memory.
 //
 // The first tile of a warp is asked for before it is known whether anybody sees it: the answer would take as long as the tile.
-// Behind PREP it is asked for while PREP still runs, unless PREP seals: sealed tiles, map and mask have been there before, only
-// queries and rows of the tail come from PREP.
+// Behind PREP it is asked for while PREP still runs: sealed tiles, map and mask have been there before, only queries and rows of
+// the tail come from PREP.
 // With few tiles one block does all of a KV head and writes what REDUCE would.
 
 #pragma once
@@ -174,8 +174,7 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
         }
     };
 
-    const bool is_early = kvarn_attn_may_be_whole(D, NC) && a.list &&
-            !__any_sync(0xffffffff, lane < a.n_list && a.list[2*lane] >= 0);
+    const bool is_early = kvarn_attn_may_be_whole(D, NC) && a.is_behind;
 
     // small things are asked for before tiles: whatever comes behind these waits for them
     float4 q[NC][R];
@@ -432,7 +431,7 @@ static cudaError_t kvarn_attn_start(const kvarn_attn_args & a, cudaStream_t stre
         return error;
     }
     const dim3 grid(a.H*lay.n_blocks, a.n_stream, a.n_split + a.n_open);
-    if (a.list) {
+    if (a.is_behind) {
         return kvarn_launch_behind(kvarn_attn_kernel<BK, BV, D, NC>, grid, 32*a.n_warps, lay.total, stream, a, lay);
     }
     KVARN_LAUNCH((kvarn_attn_kernel<BK, BV, D, NC>), grid, 32*a.n_warps, lay.total, stream, a, lay);

@@ -77,11 +77,10 @@ static kvarn_attn_args kvarn_attn_args_of(const ggml_tensor * attn) {
     return a;
 }
 
-bool ggml_cuda_kvarn_attn(ggml_backend_cuda_context & ctx, ggml_tensor * attn, const int64_t * list, int n_list,
-        const ggml_tensor * sinks, ggml_tensor * out) {
+bool ggml_cuda_kvarn_attn(ggml_backend_cuda_context & ctx, ggml_tensor * attn, bool is_behind, const ggml_tensor * sinks,
+        ggml_tensor * out) {
     kvarn_attn_args a = kvarn_attn_args_of(attn);
-    a.list   = list;
-    a.n_list = n_list;
+    a.is_behind = is_behind;
     const bool is_whole = out && kvarn_attn_make_whole(&a, (float *) out->data, sinks ? (const float *) sinks->data : nullptr,
             out->op == GGML_OP_KVARN ? 0 : (int) out->ne[0]);
     CUDA_CHECK(kvarn_attn(a, ctx.stream()));
@@ -101,8 +100,8 @@ bool ggml_cuda_op_kvarn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     switch (ggml_kvarn_get_op(dst)) {
         case KVARN_OP_SEAL: {
             const kvarn_shape s = ggml_kvarn_get_shape(dst);
-            CUDA_CHECK(kvarn_seal(s.side, s.bits, s.D, s.H, (const half *) dst->src[0]->data,
-                    (const int64_t *) dst->src[1]->data + s.n_rows, s.n_seal, (uint8_t *) dst->data, stream));
+            const kvarn_seal_side side = { s.side, s.bits, s.D, s.H, (const half *) dst->src[0]->data, (uint8_t *) dst->data };
+            CUDA_CHECK(kvarn_seal(&side, 1, (const int64_t *) dst->src[1]->data + s.n_rows, s.n_seal, stream));
         } break;
         case KVARN_OP_GET: {
             const kvarn_shape s = ggml_kvarn_get_shape(dst);
@@ -114,7 +113,7 @@ bool ggml_cuda_op_kvarn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
             if (ggml_kvarn_get_attn_shape(dst).chunk == 0) {
                 ggml_cuda_kvarn_prompt(ctx, dst);
             } else {
-                ggml_cuda_kvarn_attn(ctx, dst, nullptr, 0, nullptr, nullptr);
+                ggml_cuda_kvarn_attn(ctx, dst, false, nullptr, nullptr);
             }
             break;
         case KVARN_OP_REDUCE:

@@ -9,10 +9,10 @@
 bool ggml_cuda_kvarn_supported(int device, const ggml_tensor * op);
 bool ggml_cuda_op_kvarn(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
-// ATTN behind the PREP of this list (NULL: behind anything), and if out is not NULL and tiles are few, what REDUCE computes from
-// it into out; returns whether it did.
-bool ggml_cuda_kvarn_attn(ggml_backend_cuda_context & ctx, ggml_tensor * attn, const int64_t * list, int n_list,
-        const ggml_tensor * sinks, ggml_tensor * out);
+// ATTN, right behind a PREP or anything else, and if out is not NULL and tiles are few, what REDUCE computes from it into out;
+// returns whether it did.
+bool ggml_cuda_kvarn_attn(ggml_backend_cuda_context & ctx, ggml_tensor * attn, bool is_behind, const ggml_tensor * sinks,
+        ggml_tensor * out);
 
 // REDUCE into out, rotated as out says; out is the node itself if it is not rotated
 void ggml_cuda_kvarn_reduce(ggml_backend_cuda_context & ctx, ggml_tensor * reduce, ggml_tensor * out);

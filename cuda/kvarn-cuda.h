@@ -38,9 +38,7 @@ struct kvarn_attn_args {
     int             n_open;        // and of open ones, behind them
     int             n_warps;       // per block, set by kvarn_attn_plan
     float           scale, max_bias, softcap;
-    // behind PREP: the list of what that seals; the launch is one behind it (kvarn_prep). NULL: an ordinary one
-    const int64_t * list;
-    int             n_list;
+    bool            is_behind;     // PREP: the launch is one behind it, and may come early. false: an ordinary one
     // few tiles: the output itself, as REDUCE has it, with sinks and rotation. NULL: partial results
     float         * out;           // [stream][row*n_head + head][D]
     const float   * sinks;
@@ -76,31 +74,46 @@ cudaError_t kvarn_reduce(const float * part, const float * sinks, float * out, i
 cudaError_t kvarn_get(int side, int bits, int D, int H, const uint8_t * tiles, const half * tail, const int64_t * map, half * out,
                       int n_used, int n_tiles, int s0, int n_stream, cudaStream_t stream, int h0 = 0, int n_heads = 0);
 
-// SEAL: pairs (slot, tile) of the list, slot -1: nothing
-cudaError_t kvarn_seal(int side, int bits, int D, int H, const half * tail, const int64_t * list, int n_list, uint8_t * tiles,
-                       cudaStream_t stream);
+// keys or values of one layer, to be sealed
+struct kvarn_seal_side {
+    int          side, bits, D, H;
+    const half * tail;
+    uint8_t    * tiles;
+};
 
-// one side of PREP
-struct kvarn_prep_side {
-    int             bits;  // 0: this side is not stored here
-    int             D;
-    int             n_rot; // channels rotated together
-    const float   * cur;   // [token][head][D]
-    const int64_t * rows;  // tail row of each token
+// SEAL: pairs (slot, tile) of the list, slot -1: nothing; of any number of layers
+// is_behind: its blocks may be placed while the kernel before it on the stream ends
+cudaError_t kvarn_seal(const kvarn_seal_side * sides, int n_sides, const int64_t * list, int n_list, cudaStream_t stream,
+                       bool is_behind = true);
+
+// how heads are turned by their token's position (RoPE with YaRN's correction)
+struct kvarn_rope {
+    const int32_t * pos;         // [token]
+    const float   * factors;     // a pair's divisor, or NULL
+    int             n_dims;      // channels that are turned, from the first one on
+    bool            is_neox;     // pairs are n_dims/2 channels apart; else neighbours
+    float           theta_scale; // from one pair to the next
+    float           freq_scale, ext_factor, attn_factor, low, high;
+};
+
+// what PREP does with the tokens' keys, values or queries
+struct kvarn_prep_part {
+    int             D, H;            // H 0: nothing
+    int             n_rot;           // channels rotated together
+    bool            is_turned;       // by rope, before they are rotated
+    const float   * x;               // [token][head][D], strides in elements
+    int64_t         x_token, x_head;
+    const int64_t * rows;            // keys and values: row of the tail for each token
     half          * tail;
-    uint8_t       * tiles;
+    float         * out;             // queries: [token][head][D]
 };
 
 struct kvarn_prep_args {
-    kvarn_prep_side side[2];
-    int             H, n_tokens;
-    const int64_t * list;          // of SEAL, for both sides
-    int             n_list;        // at most 32
-    const float   * q;             // n_q vectors of q_size channels, to be rotated by q_rot
-    float         * q_out;
-    int             n_q, q_size, q_rot;
+    kvarn_prep_part part[3]; // keys, values, queries
+    kvarn_rope      rope;
+    int             n_tokens;
 };
 
-// PREP: few tokens' keys and values rotated, stored in the tail, tiles that are full sealed, and queries rotated
+// PREP: few tokens' keys, values and queries turned and rotated, keys and values stored in the tail
 // is_behind: its blocks may be placed while the kernel before it on the stream ends
 cudaError_t kvarn_prep(const kvarn_prep_args & args, cudaStream_t stream, bool is_behind = true);

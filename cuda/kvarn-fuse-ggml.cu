@@ -1,15 +1,17 @@
-// kvarn-fuse-ggml.cu - nodes around GGML_OP_KVARN that are one launch on CUDA when few tokens are decoded.
-// Finds them in the graph as llama.cpp builds it; what does not look exactly like that is computed node by node.
+// kvarn-fuse-ggml.cu - nodes around GGML_OP_KVARN that are one launch on CUDA: around attention when few tokens are decoded, and
+// SEAL of all layers. Finds them in the graph as llama.cpp builds it; what does not look exactly like that is computed node by
+// node.
 //
 // SPDX-License-Identifier: MIT
 //
-//   queries ---> rotation ------------------------------+                          rotations: MUL_MAT with a Hadamard matrix
-//   keys   ---> rotation ---> SET_ROWS ---> SEAL ---+---+---> ATTN ---> REDUCE ---> rotation back
-//   values ---> rotation ---> SET_ROWS ---> SEAL ---+
-//               '------------- PREP ------------'                       '------- REDUCE -------'
+//   queries ---> ROPE ---> rotation ---------------------------+                   rotations: MUL_MAT with a Hadamard matrix
+//   keys    ---> ROPE ---> rotation ---> SET_ROWS ---> SEAL ---+---> ATTN ---> REDUCE ---> rotation back
+//   values  -------------> rotation ---> SET_ROWS ---> SEAL ---+
+//                '-------------- PREP --------------'                        '------- REDUCE -------'
 //
-// PREP runs where the last SET_ROWS stands; what comes before it is skipped, so what the rotations read has to live until then.
-// ATTN is launched right behind it, so that it starts while PREP runs, and does the work of REDUCE where there are few tiles.
+// PREP runs where the last SET_ROWS stands; what comes before it is skipped, so what that reads has to live until then. ATTN is
+// launched right behind it, so that it starts while PREP runs, and does the work of REDUCE where there are few tiles.
+// SEAL nodes of the whole graph run where the last of them stands, unless a graph reads what they seal (kvarn_shape::is_late).
 
 #include "kvarn-cuda-ggml.cuh"
 
@@ -22,18 +24,26 @@ int  ggml_cuda_kvarn_fuse(ggml_backend_cuda_context &, ggml_cgraph *, int) { ret
 
 #include "kvarn-cuda.h"
 #include "kvarn-graph.h"
+#include "set-rows.cuh"
 
-#define TOKENS_MAX 64 // of one PREP: a block does all of a head
-#define SEALS_MAX  8
+#include <vector>
+
+#define TOKENS_MAX 64 // of one PREP: more keep rotations as matrix products busy
 #define NODES_MAX  64 // between a layer's first rotation and its ATTN
+
+enum { QUERIES = 2 }; // beside KVARN_KEY and KVARN_VALUE
 
 // the nodes of one layer; null where there is none
 struct kvarn_layer {
     ggml_tensor * attn;
-    ggml_tensor * rot [3]; // keys, values, queries
+    ggml_tensor * rope[3]; // keys, values, queries
+    ggml_tensor * rot [3];
     ggml_tensor * rows[2]; // SET_ROWS
     ggml_tensor * seal[2];
     int start, prep;       // nodes: where to look from, the last SET_ROWS
+
+    // where PREP's work on one of three begins: this node's sources are read when it runs
+    ggml_tensor * first(int n) const { return rope[n] ? rope[n] : rot[n]; }
 };
 
 static bool kvarn_is_noop(const ggml_tensor * t) {
@@ -89,6 +99,26 @@ static bool kvarn_is_private(const ggml_cgraph * graph, const ggml_tensor * t, c
     }
 }
 
+// The ROPE in front of a rotation that PREP can do; null where there is none. Behind a norm upstream does it with that.
+static ggml_tensor * kvarn_find_rope(const ggml_cgraph * graph, const ggml_tensor * rot, int start, int end) {
+    ggml_tensor * t = rot ? kvarn_behind(rot->src[1]) : nullptr;
+    if (!t || t->op != GGML_OP_ROPE || t->type != GGML_TYPE_F32 || t->view_src || t->ne[3] != 1 || !ggml_is_contiguous(t)) {
+        return nullptr;
+    }
+    const ggml_tensor * x = t->src[0];
+    const int mode = ggml_get_op_params_i32(t, 2), n_dims = ggml_get_op_params_i32(t, 1), first = ggml_get_op_params_i32(t, 15);
+    if (x->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) || x->op == GGML_OP_MUL || first != 0 || n_dims > t->ne[0] ||
+        (mode != GGML_ROPE_TYPE_NORMAL && mode != GGML_ROPE_TYPE_NEOX) || !kvarn_is_private(graph, rot->src[1], t, start, end)) {
+        return nullptr;
+    }
+    const int i = kvarn_index(graph, t, start, end);
+    return kvarn_is_noop(graph->nodes[i + 1]) ? t : nullptr;
+}
+
+static bool kvarn_is_same_rope(const ggml_tensor * a, const ggml_tensor * b) {
+    return a->src[1] == b->src[1] && a->src[2] == b->src[2] && memcmp(a->op_params, b->op_params, sizeof(a->op_params)) == 0;
+}
+
 // The layer whose ATTN is node i_attn; false if it does not look as above. Says nothing about memory: that comes later.
 static bool kvarn_find_layer(const ggml_cgraph * graph, int i_attn, kvarn_layer & l) {
     l = {};
@@ -112,7 +142,7 @@ static bool kvarn_find_layer(const ggml_cgraph * graph, int i_attn, kvarn_layer 
         ggml_tensor * cur = rows->src[0], * from = kvarn_behind(cur);
         if (cur->type != GGML_TYPE_F32 || !ggml_is_contiguous(cur) || cur->ne[2]*cur->ne[3] != 1 || cur->ne[1] > TOKENS_MAX ||
             rows->src[1]->type != GGML_TYPE_I64 || !ggml_is_contiguous(rows->src[1]) ||
-            ggml_nelements(rows->src[1]) != cur->ne[1] || ggml_kvarn_get_shape(seal).n_seal > SEALS_MAX) {
+            ggml_nelements(rows->src[1]) != cur->ne[1]) {
             return false;
         }
         if (!kvarn_is_rotation(from) || !kvarn_is_private(graph, cur, from, start, at)) {
@@ -125,7 +155,7 @@ static bool kvarn_find_layer(const ggml_cgraph * graph, int i_attn, kvarn_layer 
     }
     ggml_tensor * q = kvarn_behind(l.attn->src[KVARN_SRC_Q]);
     if (kvarn_is_rotation(q) && kvarn_is_private(graph, l.attn->src[KVARN_SRC_Q], q, start, i_attn)) {
-        l.rot[2] = q;
+        l.rot[QUERIES] = q;
     }
 
     for (int side = 0; side < 2; ++side) {
@@ -134,66 +164,115 @@ static bool kvarn_find_layer(const ggml_cgraph * graph, int i_attn, kvarn_layer 
             return false;
         }
     }
+    const int64_t n_tokens = l.rows[l.rows[0] ? 0 : 1]->src[0]->ne[1];
     for (int n = 0; n < 3; ++n) {
         if (l.rot[n]) {
             const int i = kvarn_index(graph, l.rot[n], start, l.prep);
             if (i < 0 || !kvarn_is_noop(graph->nodes[i + 1])) {
                 return false; // what PREP reads is not there yet
             }
+            l.rope[n] = kvarn_find_rope(graph, l.rot[n], start, i);
+            l.rope[n] = l.rope[n] && l.rope[n]->ne[2] == n_tokens ? l.rope[n] : nullptr;
         }
     }
+    if (l.rope[KVARN_KEY] && l.rope[QUERIES] && !kvarn_is_same_rope(l.rope[KVARN_KEY], l.rope[QUERIES])) {
+        l.rope[KVARN_KEY] = l.rope[QUERIES] = nullptr;
+    }
+    l.rope[KVARN_VALUE] = nullptr;
     return true;
 }
 
 static bool kvarn_is_part(const kvarn_layer & l, const ggml_tensor * t) {
-    return t == l.rot[0] || t == l.rot[1] || t == l.rot[2] || t == l.rows[0] || t == l.rows[1];
+    for (int n = 0; n < 3; ++n) {
+        if (t == l.rope[n] || t == l.rot[n] || (n < 2 && t == l.rows[n])) {
+            return true;
+        }
+    }
+    return false;
 }
 
-// nothing that is computed between a rotation's place and PREP writes over what the rotation reads
+// what PREP reads instead of this node
+template <typename F> static void kvarn_for_inputs(const ggml_tensor * first, F && f) {
+    if (first->op != GGML_OP_ROPE) {
+        f(first->src[1]);
+        return;
+    }
+    for (int k = 0; k < 3; ++k) {
+        if (first->src[k]) {
+            f(first->src[k]);
+        }
+    }
+}
+
+// nothing that is computed between a skipped node's place and PREP writes over what the node reads, nor do PREP's queries
 static bool kvarn_is_kept(const ggml_cgraph * graph, const kvarn_layer & l) {
+    bool is_kept = true;
     for (int n = 0; n < 3; ++n) {
         if (!l.rot[n]) {
             continue;
         }
-        for (int i = kvarn_index(graph, l.rot[n], l.start, l.prep) + 1; i < l.prep; ++i) {
-            const ggml_tensor * t = graph->nodes[i];
-            if (!kvarn_is_noop(t) && !kvarn_is_part(l, t) && kvarn_overlap(t, l.rot[n]->src[1])) {
-                return false;
+        for (int i = kvarn_index(graph, l.first(n), l.start, l.prep) + 1; i <= l.prep; ++i) {
+            const ggml_tensor * t = i < l.prep ? graph->nodes[i] : l.rot[QUERIES];
+            if (t && !kvarn_is_noop(t) && (i == l.prep || !kvarn_is_part(l, t))) {
+                kvarn_for_inputs(l.first(n), [&](const ggml_tensor * in) { is_kept = is_kept && !kvarn_overlap(t, in); });
             }
         }
-        // PREP's own output
-        if (l.rot[2] && n != 2 && kvarn_overlap(l.rot[2], l.rot[n]->src[1])) {
-            return false;
-        }
     }
-    return !l.rot[2] || !kvarn_overlap(l.rot[2], l.rot[2]->src[1]);
+    return is_kept;
+}
+
+static kvarn_rope kvarn_rope_of(const ggml_tensor * t) {
+    const auto f32 = [&](int i) { return ggml_get_op_params_f32(t, i); };
+    kvarn_rope r = {};
+    r.pos     = (const int32_t *) t->src[1]->data;
+    r.factors = t->src[2] ? (const float *) t->src[2]->data : nullptr;
+    r.n_dims  = ggml_get_op_params_i32(t, 1);
+    r.is_neox = ggml_get_op_params_i32(t, 2) == GGML_ROPE_TYPE_NEOX;
+    r.theta_scale = powf(f32(5), -2.0f/r.n_dims);
+    r.freq_scale  = f32(6);
+    r.ext_factor  = f32(7);
+    r.attn_factor = f32(8);
+    float ends[2];
+    ggml_rope_yarn_corr_dims(r.n_dims, ggml_get_op_params_i32(t, 4), f32(5), f32(9), f32(10), ends);
+    r.low  = ends[0];
+    r.high = ends[1];
+    return r;
+}
+
+static kvarn_seal_side kvarn_seal_side_of(const ggml_tensor * seal) {
+    const kvarn_shape s = ggml_kvarn_get_shape(seal);
+    return { s.side, s.bits, s.D, s.H, (const half *) seal->src[0]->data, (uint8_t *) seal->data };
+}
+
+static const int64_t * kvarn_seal_list(const ggml_tensor * seal) {
+    return (const int64_t *) seal->src[1]->data + ggml_kvarn_get_shape(seal).n_rows;
 }
 
 static kvarn_prep_args kvarn_prep_args_of(const kvarn_layer & l) {
     kvarn_prep_args a = {};
-    for (int side = 0; side < 2; ++side) {
-        if (!l.seal[side]) {
+    a.n_tokens = l.rows[l.rows[0] ? 0 : 1]->src[0]->ne[1];
+    for (int n = 0; n < 3; ++n) {
+        const ggml_tensor * rot = l.rot[n], * rope = l.rope[n];
+        if (!rot) {
             continue;
         }
-        const kvarn_shape shape = ggml_kvarn_get_shape(l.seal[side]);
-        kvarn_prep_side & s = a.side[side];
-        s.bits  = shape.bits;
-        s.D     = shape.D;
-        s.n_rot = l.rot[side]->ne[0];
-        s.cur   = (const float *) l.rot[side]->src[1]->data;
-        s.rows  = (const int64_t *) l.rows[side]->src[1]->data;
-        s.tail  = (half *) l.rows[side]->data;
-        s.tiles = (uint8_t *) l.seal[side]->data;
-        a.H        = shape.H;
-        a.n_tokens = l.rows[side]->src[0]->ne[1];
-        a.list     = (const int64_t *) l.seal[side]->src[1]->data + shape.n_rows;
-        a.n_list   = shape.n_seal;
-    }
-    if (l.rot[2]) {
-        a.q      = (const float *) l.rot[2]->src[1]->data;
-        a.q_out  = (float *) l.rot[2]->data;
-        a.q_size = a.q_rot = l.rot[2]->ne[0];
-        a.n_q    = ggml_nelements(l.rot[2])/a.q_size;
+        kvarn_prep_part & p = a.part[n];
+        p.n_rot = rot->ne[0];
+        p.D     = n < 2 ? ggml_kvarn_get_shape(l.seal[n]).D : rope ? rope->ne[0] : rot->ne[0];
+        p.H     = ggml_nelements(rot)/a.n_tokens/p.D;
+        p.x     = (const float *) l.first(n)->src[rope ? 0 : 1]->data;
+        p.x_head    = rope ? rope->src[0]->nb[1]/sizeof(float) : p.D;
+        p.x_token   = rope ? rope->src[0]->nb[2]/sizeof(float) : (int64_t) p.D*p.H;
+        p.is_turned = rope != nullptr;
+        if (rope) {
+            a.rope = kvarn_rope_of(rope);
+        }
+        if (n < 2) {
+            p.rows = (const int64_t *) l.rows[n]->src[1]->data;
+            p.tail = (half *) l.rows[n]->data;
+        } else {
+            p.out = (float *) rot->data;
+        }
     }
     return a;
 }
@@ -217,10 +296,60 @@ static int kvarn_find_back(const ggml_cgraph * graph, int i) {
     return -1;
 }
 
+static bool kvarn_is_late(const ggml_tensor * t) {
+    return kvarn_is_op(t, KVARN_OP_SEAL) && (t->flags & GGML_TENSOR_FLAG_COMPUTE) && ggml_kvarn_get_shape(t).is_late;
+}
+
+static bool kvarn_is_last_seal(const ggml_cgraph * graph, int i) {
+    if (!kvarn_is_late(graph->nodes[i])) {
+        return false;
+    }
+    do {
+        i++;
+    } while (i < graph->n_nodes && !kvarn_is_late(graph->nodes[i]));
+    return i == graph->n_nodes;
+}
+
+// SEAL of all layers
+static void kvarn_seal_late(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph) {
+    std::vector<kvarn_seal_side> sides;
+    const ggml_tensor * before = nullptr;
+    const auto flush = [&] {
+        if (before) {
+            CUDA_CHECK(kvarn_seal(sides.data(), sides.size(), kvarn_seal_list(before), ggml_kvarn_get_shape(before).n_seal,
+                    ctx.stream()));
+        }
+        sides.clear();
+    };
+    for (int i = 0; i < graph->n_nodes; ++i) {
+        const ggml_tensor * t = graph->nodes[i];
+        if (kvarn_is_late(t)) {
+            if (before && before->src[1] != t->src[1]) { // of another cache
+                flush();
+            }
+            before = t;
+            sides.push_back(kvarn_seal_side_of(t));
+        }
+    }
+    flush();
+}
+
 // Runs PREP, and ATTN if it comes next; with REDUCE and the rotation back if ATTN does them. Returns the last node that is done.
 static int kvarn_run_layer(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const kvarn_layer & l) {
-    const kvarn_prep_args prep = kvarn_prep_args_of(l);
-    CUDA_CHECK(kvarn_prep(prep, ctx.stream()));
+    CUDA_CHECK(kvarn_prep(kvarn_prep_args_of(l), ctx.stream()));
+
+    std::vector<kvarn_seal_side> sides; // to be sealed at once
+    const ggml_tensor * seal = nullptr;
+    for (const ggml_tensor * t : l.seal) {
+        if (t && !kvarn_is_late(t)) {
+            sides.push_back(kvarn_seal_side_of(t));
+            seal = t;
+        }
+    }
+    if (seal) {
+        const int n_seal = ggml_kvarn_get_shape(seal).n_seal;
+        CUDA_CHECK(kvarn_seal(sides.data(), sides.size(), kvarn_seal_list(seal), n_seal, ctx.stream()));
+    }
     if (ggml_kvarn_get_attn_shape(l.attn).chunk == 0) {
         return l.prep + 1; // more rows than ATTN takes: a prompt's node
     }
@@ -234,7 +363,7 @@ static int kvarn_run_layer(ggml_backend_cuda_context & ctx, const ggml_cgraph * 
     }
     ggml_tensor * reduce = i + 1 < graph->n_nodes ? graph->nodes[i + 1] : nullptr;
     if (!kvarn_is_op(reduce, KVARN_OP_REDUCE) || reduce->src[0] != l.attn) {
-        ggml_cuda_kvarn_attn(ctx, l.attn, prep.list, prep.n_list, nullptr, nullptr);
+        ggml_cuda_kvarn_attn(ctx, l.attn, !seal, nullptr, nullptr);
         return i;
     }
     const int back = kvarn_find_back(graph, i + 1), last = back < 0 ? i + 1 : back;
@@ -242,7 +371,7 @@ static int kvarn_run_layer(ggml_backend_cuda_context & ctx, const ggml_cgraph * 
     for (const ggml_tensor * src : l.attn->src) {
         out = out && src && kvarn_overlap(out, src) ? nullptr : out; // one block writes while another still reads
     }
-    return ggml_cuda_kvarn_attn(ctx, l.attn, prep.list, prep.n_list, reduce->src[1], out) ? last : i;
+    return ggml_cuda_kvarn_attn(ctx, l.attn, !seal, reduce->src[1], out) ? last : i;
 }
 
 void ggml_cuda_kvarn_keep(ggml_cgraph * graph, kvarn_keep_t keep, void * data) {
@@ -250,9 +379,9 @@ void ggml_cuda_kvarn_keep(ggml_cgraph * graph, kvarn_keep_t keep, void * data) {
         ggml_tensor * t = graph->nodes[i];
         kvarn_layer l;
         if (kvarn_is_op(t, KVARN_OP_ATTN) && kvarn_find_layer(graph, i, l)) {
-            for (ggml_tensor * rot : l.rot) {
-                if (rot) {
-                    keep(data, rot->src[1], graph->nodes[l.prep]);
+            for (int n = 0; n < 3; ++n) {
+                if (l.rot[n]) {
+                    kvarn_for_inputs(l.first(n), [&](ggml_tensor * in) { keep(data, in, graph->nodes[l.prep]); });
                 }
             }
         } else if (kvarn_is_op(t, KVARN_OP_REDUCE)) {
@@ -263,6 +392,19 @@ void ggml_cuda_kvarn_keep(ggml_cgraph * graph, kvarn_keep_t keep, void * data) {
             }
         }
     }
+}
+
+// The layer that node i is a part of; false where it is none that is one launch.
+static bool kvarn_find_layer_of(const ggml_cgraph * graph, int i, kvarn_layer & l) {
+    int i_attn = i;
+    while (i_attn < graph->n_nodes && i_attn < i + NODES_MAX && graph->nodes[i_attn]->op != GGML_OP_KVARN) {
+        i_attn++;
+    }
+    while (i_attn < graph->n_nodes && i_attn < i + NODES_MAX && !kvarn_is_op(graph->nodes[i_attn], KVARN_OP_ATTN)) {
+        i_attn++;
+    }
+    return i_attn < graph->n_nodes && kvarn_is_op(graph->nodes[i_attn], KVARN_OP_ATTN) && kvarn_find_layer(graph, i_attn, l) &&
+        kvarn_is_part(l, graph->nodes[i]) && kvarn_is_kept(graph, l);
 }
 
 int ggml_cuda_kvarn_fuse(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, int i) {
@@ -276,25 +418,24 @@ int ggml_cuda_kvarn_fuse(ggml_backend_cuda_context & ctx, ggml_cgraph * graph, i
         ggml_cuda_kvarn_reduce(ctx, t, graph->nodes[back]);
         return back - i;
     }
-    if (t->op != GGML_OP_SET_ROWS && !kvarn_is_rotation(t)) {
-        return 0;
-    }
-    int i_attn = i;
-    while (i_attn < graph->n_nodes && i_attn < i + NODES_MAX && graph->nodes[i_attn]->op != GGML_OP_KVARN) {
-        i_attn++;
-    }
-    while (i_attn < graph->n_nodes && i_attn < i + NODES_MAX && !kvarn_is_op(graph->nodes[i_attn], KVARN_OP_ATTN)) {
-        i_attn++;
-    }
+    int last = i; // of what is done here
     kvarn_layer l;
-    if (i_attn >= graph->n_nodes || !kvarn_is_op(graph->nodes[i_attn], KVARN_OP_ATTN) || !kvarn_find_layer(graph, i_attn, l) ||
-        !kvarn_is_part(l, t) || !kvarn_is_kept(graph, l)) {
-        return 0;
+    if (t->op == GGML_OP_ROPE || t->op == GGML_OP_SET_ROWS || kvarn_is_rotation(t)) {
+        if (kvarn_find_layer_of(graph, i, l)) {
+            // what PREP does is skipped with the view of it, SET_ROWS with its SEAL
+            last = i == l.prep ? kvarn_run_layer(ctx, graph, l) : i + 1;
+        } else if (t->op == GGML_OP_SET_ROWS && i + 1 < graph->n_nodes && graph->nodes[i + 1]->src[0] == t &&
+                   kvarn_is_late(graph->nodes[i + 1])) {
+            ggml_cuda_op_set_rows(ctx, t);
+            last = i + 1;
+        }
     }
-    if (i == l.prep) {
-        return kvarn_run_layer(ctx, graph, l) - i;
+    for (int n = i; n <= last; ++n) {
+        if (kvarn_is_last_seal(graph, n)) {
+            kvarn_seal_late(ctx, graph);
+        }
     }
-    return 1; // a rotation and the view of it, or SET_ROWS and its SEAL
+    return last - i;
 }
 
 #endif

@@ -2,97 +2,92 @@
 //
 // SPDX-License-Identifier: MIT
 //
-//   block  a head of keys or of values: its rows are rotated and written to the tail, then its tiles of the list are sealed;
-//          or 16 query vectors
-//   warp   one vector at a time: a Hadamard transform of n_rot channels in shared memory
-// Bound by the latency of one launch, which is why it is one: rotating, storing and sealing apart are eight.
+//   warp   one head of a token's keys, values or queries: turned by its position, a Hadamard transform of n_rot channels in
+//          shared memory, then to the tail or to where ATTN reads queries
+// Bound by the latency of one launch, which is why it is one: turning, rotating and storing apart are seven. Positions and rows
+// are inputs: sines and cosines are there before the kernel before has ended.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
-#include "kvarn-seal.cuh"
+#include "kvarn-block.cuh"
+#include "kvarn-cuda.h"
+#include "kvarn-format.h"
+#include "kvarn-mma.cuh"
 
-#define N_WARPS (THREADS/32)
+#define N_WARPS 4
 
-// D channels of x to y, each n_rot of them transformed; the order of kvarn-cache.cpp's matrix, scaled by 1/sqrt(n_rot)
-template <typename T>
-static __device__ __forceinline__ void kvarn_rotate(const float * x, T * y, int D, int n_rot, float * buffer) {
-    const int lane = threadIdx.x % 32;
-    for (int d = lane; d < D; d += 32) {
-        buffer[d] = x[d];
+// cosine and sine for pair `at` of a token, both times the factor for attention
+static __device__ __forceinline__ float2 kvarn_turn(const kvarn_rope & r, int at, float pos) {
+    const float far = pos*powf(r.theta_scale, (float) at)/(r.factors ? r.factors[at] : 1.0f), near = r.freq_scale*far;
+    float theta = near, scale = r.attn_factor;
+    if (r.ext_factor != 0.0f) { // fast pairs keep their angle, slow ones are interpolated
+        const float ramp = fminf(1.0f, fmaxf(0.0f, (at - r.low)/fmaxf(0.001f, r.high - r.low)));
+        const float mix  = (1.0f - ramp)*r.ext_factor;
+        theta  = near*(1.0f - mix) + far*mix;
+        scale *= 1.0f + 0.1f*logf(1.0f/r.freq_scale);
     }
-    __syncwarp();
-    const float scale = kvarn_hadamard(buffer, D, n_rot, lane);
-    for (int d = lane; d < D; d += 32) {
-        y[d] = (T) (buffer[d]*scale);
-    }
-    __syncwarp();
+    return make_float2(cosf(theta)*scale, sinf(theta)*scale);
 }
 
-template <bool in_shared>
-static __global__ void __launch_bounds__(THREADS) kvarn_prep_kernel(const kvarn_prep_args a) {
-    KVARN_DYNAMIC_SHARED(shared); // a vector per warp, then what sealing needs: one after the other
+static __global__ void __launch_bounds__(32*N_WARPS) kvarn_prep_kernel(const kvarn_prep_args a) {
+    __shared__ float  vectors[N_WARPS][KVARN_D_MAX];
+    __shared__ float2 turns  [N_WARPS][KVARN_D_MAX/2];
 
-    const int warp = threadIdx.x/32;
-    float * buffer = (float *) shared + warp*KVARN_D_MAX;
+    const int warp = threadIdx.x/32, lane = threadIdx.x % 32;
+    float  * y    = vectors[warp];
+    float2 * turn = turns[warp];
+
+    int n = 0, vector = blockIdx.x*N_WARPS + warp;
+    while (n < 3 && vector >= a.n_tokens*a.part[n].H) {
+        vector -= a.n_tokens*a.part[n++].H;
+    }
+    const kvarn_prep_part & p = a.part[n < 3 ? n : 0];
+    const bool is_here = n < 3;
+    const int  token = is_here ? vector/p.H : 0, h = is_here ? vector - token*p.H : 0;
+    const int  n_turned = is_here && p.is_turned ? a.rope.n_dims/2 : 0; // pairs
+    const int64_t row = is_here && p.tail ? p.rows[token] : token;
+    for (int at = lane; at < n_turned; at += 32) {
+        turn[at] = kvarn_turn(a.rope, at, (float) a.rope.pos[token]);
+    }
     kvarn_wait_for_kernel_before();
     kvarn_let_kernel_behind_start(); // it knows what is written here, and waits for that
-    const int lane = threadIdx.x % 32;
-    const int64_t slot = lane < a.n_list ? a.list[2*lane] : -1; // on its way while rows are rotated
-    int block = blockIdx.x;
-
-    for (int side = 0; side < 2; ++side) {
-        const kvarn_prep_side & s = a.side[side];
-        const int H = s.bits ? a.H : 0;
-        if (block >= H) {
-            block -= H;
-            continue;
-        }
-        const int64_t stride = (int64_t) s.D*H;
-        for (int t = warp; t < a.n_tokens; t += N_WARPS) {
-            kvarn_rotate(s.cur + t*stride + block*s.D, s.tail + s.rows[t]*stride + block*s.D, s.D, s.n_rot, buffer);
-        }
-        for (uint32_t left = __ballot_sync(0xffffffff, slot >= 0); left != 0; left &= left - 1) {
-            const int n = __ffs(left) - 1;
-            __syncthreads(); // the rows are there; the last tile is done
-            kvarn_seal_head<in_shared>(side, s.bits, s.D, H, block, s.tail, a.list[2*n], a.list[2*n + 1], s.tiles, shared);
-        }
+    if (!is_here) {
         return;
     }
 
-    const int vector = block*N_WARPS + warp;
-    if (vector < a.n_q) {
-        kvarn_rotate(a.q + (int64_t) vector*a.q_size, a.q_out + (int64_t) vector*a.q_size, a.q_size, a.q_rot, buffer);
+    const float * x = p.x + token*p.x_token + h*p.x_head;
+    for (int at = lane; at < p.D/2; at += 32) {
+        const bool is_apart = a.rope.is_neox && at < n_turned;
+        const int  i = is_apart ? at : 2*at, j = is_apart ? at + n_turned : 2*at + 1;
+        const float v = x[i], w = x[j];
+        const float2 t = at < n_turned ? turn[at] : make_float2(1.0f, 0.0f);
+        y[i] = v*t.x - w*t.y;
+        y[j] = v*t.y + w*t.x;
     }
-}
-
-template <bool in_shared>
-static cudaError_t kvarn_prep_start(const kvarn_prep_args & a, int D, cudaStream_t stream, bool is_behind) {
-    const int n_blocks = (a.side[0].bits ? a.H : 0) + (a.side[1].bits ? a.H : 0) + (a.n_q + N_WARPS - 1)/N_WARPS;
-    const int rotate = N_WARPS*KVARN_D_MAX*(int) sizeof(float), seal = a.n_list > 0 ? kvarn_seal_shared(D, in_shared) : 0;
-    const int size   = seal > rotate ? seal : rotate;
-    const cudaError_t error = cudaFuncSetAttribute((const void *) kvarn_prep_kernel<in_shared>,
-            cudaFuncAttributeMaxDynamicSharedMemorySize, size);
-    if (error != cudaSuccess) {
-        return error;
+    __syncwarp();
+    const float scale = kvarn_hadamard(y, p.D, p.n_rot, lane);
+    for (int d = 2*lane; d < p.D; d += 64) {
+        const float v = y[d]*scale, w = y[d + 1]*scale;
+        const int64_t at = (row*p.H + h)*p.D + d;
+        if (p.tail) {
+            *(half2 *) (p.tail + at) = __floats2half2_rn(v, w);
+        } else {
+            *(float2 *) (p.out + at) = make_float2(v, w);
+        }
     }
-    if (is_behind) {
-        return kvarn_launch_behind(kvarn_prep_kernel<in_shared>, dim3(n_blocks), THREADS, size, stream, a);
-    }
-    KVARN_LAUNCH(kvarn_prep_kernel<in_shared>, n_blocks, THREADS, size, stream, a);
-    return cudaGetLastError();
 }
 
 cudaError_t kvarn_prep(const kvarn_prep_args & a, cudaStream_t stream, bool is_behind) {
-    int D = 0;
-    for (const kvarn_prep_side & s : a.side) {
-        D = s.bits && s.D > D ? s.D : D;
+    int n_vectors = 0;
+    for (const kvarn_prep_part & p : a.part) {
+        n_vectors += a.n_tokens*p.H;
     }
-    bool in_shared = false;
-    const cudaError_t error = kvarn_seal_fits(D, 4096, &in_shared);
-    if (error != cudaSuccess) {
-        return error;
+    const int n_blocks = (n_vectors + N_WARPS - 1)/N_WARPS;
+    if (is_behind) {
+        return kvarn_launch_behind(kvarn_prep_kernel, dim3(n_blocks), 32*N_WARPS, 0, stream, a);
     }
-    return in_shared ? kvarn_prep_start<true>(a, D, stream, is_behind) : kvarn_prep_start<false>(a, D, stream, is_behind);
+    KVARN_LAUNCH(kvarn_prep_kernel, n_blocks, 32*N_WARPS, 0, stream, a);
+    return cudaGetLastError();
 }
 
 #endif

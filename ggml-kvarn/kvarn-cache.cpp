@@ -145,7 +145,7 @@ ggml_tensor * llama_kvarn::new_side(ggml_context * ctx, int side, uint32_t il) {
     }
 
     side_layer layer;
-    layer.shape = { side, bits[side], D, H, 0, 0, (int32_t) n_tiles };
+    layer.shape = { side, bits[side], D, H, 0, 0, (int32_t) n_tiles, !is_strict };
     layer.tiles = ggml_new_tensor_3d(ctx, GGML_TYPE_I8,  (int64_t) kvarn_tile_size(D, bits[side])*H, n_tiles, kv.n_stream);
     layer.tail  = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, (int64_t) D*H, (int64_t) KVARN_G*n_slots);
     ggml_format_name(layer.tail, "cache_tail_%s_l%u", side == KVARN_KEY ? "k" : "v", il);

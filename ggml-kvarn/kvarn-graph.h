@@ -45,6 +45,7 @@ struct kvarn_shape {
     int32_t n_rows;  // entries of the plan before the seal list
     int32_t n_seal;  // pairs in the seal list
     int32_t n_tiles; // tiles per stream
+    int32_t is_late; // of SEAL: no node of the graph reads what it seals, so it may run behind later nodes; 0 where it may not
 };
 
 // Bytes of f16 rows that a device unpacks at once where it attends a prompt a few heads at a time: KVARN_WINDOW in MiB, or 160 MiB

@@ -152,14 +152,26 @@ struct test_kvarn_attn : public test_case {
     }
 };
 
-// A token's whole way as llama.cpp builds it: rotations, SET_ROWS, SEAL of the tile it fills, ATTN, REDUCE, the rotation back.
+// A token's whole way as llama.cpp builds it: RoPE, rotations, SET_ROWS, SEAL of the tile it fills, ATTN, REDUCE, the rotation
+// back.
 struct test_kvarn_step : public test_kvarn_attn {
-    test_kvarn_step(int bits_k, int bits_v, int D = 128, int gqa = 4, int rows = 1)
-        : test_kvarn_attn(bits_k, bits_v, D, D, gqa, rows) {}
+    const int  rope;    // 0: none, 1: pairs side by side, 2: apart, half the channels, divided by factors, YaRN's correction
+    const bool is_late; // what is sealed is read from its slot
+
+    test_kvarn_step(int bits_k, int bits_v, int D = 128, int gqa = 4, int rows = 1, int rope = 0, bool is_late = false)
+        : test_kvarn_attn(bits_k, bits_v, D, D, gqa, rows), rope(rope), is_late(is_late) {}
 
     static constexpr int n_seal = n_slots - 1;
 
-    std::string vars() override { return "step," + VARS_TO_STR5(bits_k, bits_v, D_k, gqa, rows); }
+    std::string vars() override { return "step," + VARS_TO_STR7(bits_k, bits_v, D_k, gqa, rows, rope, is_late); }
+
+    ggml_tensor * turn(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * pos, ggml_tensor * factors) {
+        switch (rope) {
+            case 0:  return cur;
+            case 1:  return ggml_rope_ext(ctx, cur, pos, nullptr, D_k, GGML_ROPE_TYPE_NORMAL, 0, 10000, 1, 0, 1, 0, 0);
+            default: return ggml_rope_ext(ctx, cur, pos, factors, D_k/2, GGML_ROPE_TYPE_NEOX, 64, 10000, 0.25f, 1, 1, 32, 1);
+        }
+    }
 
     ggml_tensor * rotate(ggml_context * ctx, ggml_tensor * cur, ggml_tensor * rot) {
         ggml_tensor * res = ggml_mul_mat(ctx, rot, ggml_reshape_2d(ctx, cur, rot->ne[0], ggml_nelements(cur)/rot->ne[0]));
@@ -176,15 +188,20 @@ struct test_kvarn_step : public test_kvarn_attn {
         ggml_tensor * rot  = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_rot, n_rot);
         ggml_set_name(rot, "rot");
 
+        ggml_tensor * pos     = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_tokens);
+        ggml_tensor * factors = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, D_k/4);
+        ggml_set_name(factors, "factors");
+
         const int bits[2] = { bits_k, bits_v };
-        ggml_tensor * q = rotate(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D_k, H*gqa, n_tokens), rot);
+        ggml_tensor * q = rotate(ctx, turn(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D_k, H*gqa, n_tokens), pos, factors), rot);
         ggml_tensor * cur[2], * kv[2];
         for (int side : { KVARN_KEY, KVARN_VALUE }) {
-            cur[side] = rotate(ctx, ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D_k, H, n_tokens), rot);
+            cur[side] = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, D_k, H, n_tokens);
+            cur[side] = rotate(ctx, side == KVARN_KEY ? turn(ctx, cur[side], pos, factors) : cur[side], rot);
         }
         ggml_tensor * index = ggml_view_1d(ctx, plan, n_tokens, 0);
         for (int side : { KVARN_KEY, KVARN_VALUE }) {
-            const kvarn_shape shape = { side, bits[side], D_k, H, (int32_t) n_tokens, n_seal, n_tiles() };
+            const kvarn_shape shape = { side, bits[side], D_k, H, (int32_t) n_tokens, n_seal, n_tiles(), is_late };
 
             const int64_t size = (int64_t) kvarn_tile_size(D_k, bits[side])*H;
             ggml_tensor * tiles = ggml_new_tensor_3d(ctx, GGML_TYPE_I8,  size, n_tiles(), n_stream);
@@ -206,7 +223,10 @@ struct test_kvarn_step : public test_kvarn_attn {
         for (int i = 0; i < rows*n_stream; ++i) {
             plan.push_back(i % 2 ? KVARN_G*n_slots - 1 - i : KVARN_G - 1 - i); // a slot that stays open, one that is sealed
         }
-        const std::vector<int64_t> rest = make_plan();
+        std::vector<int64_t> rest = make_plan();
+        for (int slot = 0; slot < n_seal && is_late; ++slot) {
+            rest[2*n_seal + slot] = slot;
+        }
         plan.insert(plan.end(), rest.begin(), rest.end());
 
         for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != nullptr; t = ggml_get_next_tensor(ctx, t)) {
@@ -217,6 +237,14 @@ struct test_kvarn_step : public test_kvarn_attn {
                 ggml_backend_tensor_set(t, plan.data(), 0, plan.size()*sizeof(int64_t));
             } else if (t->type == GGML_TYPE_I8) {
                 ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t));
+            } else if (t->type == GGML_TYPE_I32) {
+                std::vector<int32_t> pos;
+                for (int64_t i = 0; i < t->ne[0]; ++i) {
+                    pos.push_back(37*i + 100);
+                }
+                ggml_backend_tensor_set(t, pos.data(), 0, ggml_nbytes(t));
+            } else if (strcmp(t->name, "factors") == 0) {
+                init_tensor_uniform(t, 0.5f, 2.0f);
             } else if (strcmp(t->name, "mask") == 0) {
                 init_mask(t, rest.data() + 2*n_seal);
             } else if (strcmp(t->name, "rot") == 0) {
@@ -282,5 +310,11 @@ static void kvarn_add_cases(std::vector<std::unique_ptr<test_case>> & cases) {
     }
     for (int rows : { 2, 5, 16 }) {
         cases.emplace_back(new test_kvarn_step(4, 2, 128, 8, rows));
+    }
+    for (int rope : { 1, 2 }) {
+        for (int D : { 64, 80, 128, 256 }) {
+            cases.emplace_back(new test_kvarn_step(3, 4, D, 4, 1, rope, D >= 128));
+        }
+        cases.emplace_back(new test_kvarn_step(4, 2, 128, 4, 5, rope, true));
     }
 }

@@ -66,7 +66,8 @@ class InitParams(ctypes.Structure):
 class Shape(ctypes.Structure):
     """struct kvarn_shape"""
 
-    _fields_ = [(name, ctypes.c_int32) for name in ("side", "bits", "D", "H", "n_rows", "n_seal", "n_tiles")]
+    _fields_ = [(name, ctypes.c_int32) for name in ("side", "bits", "D", "H", "n_rows", "n_seal", "n_tiles",
+                                                       "is_late")]
 
 
 P, I64, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float

@@ -134,7 +134,7 @@ def test_launches_behind_each_other_on_the_cpu_give_the_bits_of_ordinary_ones(on
 
 
 # of kvarn-backend-ops.h: a head size in full, group sizes, rows, an f16 cache beside tiles, sinks, ALiBi, soft cap, fused steps
-UPSTREAM_CASES = ("D=64,|step,.*(D_k=(64|80)|rows=5|bits_k=3)|D_k=64,D_v=64,gqa=[1237],.*n_used=[125],|bits_[kv]=0|"
+UPSTREAM_CASES = ("D=64,|step,.*(D_k=(64|80)|rows=5|bits_k=3|rope=[12])|D_k=64,D_v=64,gqa=[1237],.*n_used=[125],|bits_[kv]=0|"
                   "bits_k=3.*(sinks=1|max_bias=8|softcap=1)|rows=[25]")
 
 

@@ -1,10 +1,11 @@
-// bench-step.cu - decodes tokens as the cache does, without ggml: PREP, ATTN and REDUCE of some layers, one behind the other.
+// bench-step.cu - decodes tokens as the cache does, without ggml: PREP, ATTN and REDUCE of some layers, one behind the other,
+// then SEAL of all.
 //
 // SPDX-License-Identifier: MIT
 //
 // From the repository's root; the table is CSV:
 //   nvcc -std=c++17 -O3 -arch=native -use_fast_math -Iggml-kvarn -Icuda -o bench-step cuda/bench/bench-step.cu \
-//        cuda/kvarn-attn*.cu cuda/kvarn-reduce.cu cuda/kvarn-prep.cu && ./bench-step
+//        cuda/kvarn-attn*.cu cuda/kvarn-reduce.cu cuda/kvarn-prep.cu cuda/kvarn-seal.cu && ./bench-step
 //   ./bench-step check     only the checks; ./bench-step check 1: with one token on either side of a sealed tile, for
 //   compute-sanitizer
 //
@@ -29,7 +30,7 @@ struct setup {
     bool is_whole; // REDUCE's work in ATTN, where there are few tiles
 };
 
-enum { N_SEAL = 2, N_SLOTS = 2 };
+enum { N_SEAL = 1, N_SLOTS = 2 };
 
 static __host__ __device__ uint32_t hash(uint32_t v) {
     v ^= v >> 16; v *= 0x7feb352du; v ^= v >> 15; v *= 0x846ca68bu; v ^= v >> 16;
@@ -74,6 +75,7 @@ struct decoder {
     float * cur, * q, * part;
     half  * mask;
     int64_t * plan;  // row, list, map, number of the token
+    int32_t * pos;
     std::vector<void *> memory;
 
     template <typename T> T * get(size_t n, int byte) {
@@ -98,6 +100,7 @@ struct decoder {
         part = get<float>((size_t) z.H*z.gqa*cap()*(z.D + 2), 0xff);
         mask = get<half>((size_t) z.n_tiles*KVARN_G, 0);
         plan = get<int64_t>(n_plan(), 0);
+        pos  = get<int32_t>(1, 0);
     }
     ~decoder() {
         for (void * p : memory) { cudaFree(p); }
@@ -117,7 +120,7 @@ struct decoder {
             p[2] = tile;
         }
         for (int i = 0; i < z.n_tiles; ++i) {
-            p[1 + 2*N_SEAL + i] = i > tile ? -2 : i == tile && p[1] < 0 ? slot : -1; // what is sealed now is read sealed
+            p[1 + 2*N_SEAL + i] = i > tile ? -2 : i == tile ? slot : -1; // what is sealed now is read from its slot
         }
         p[n_plan() - 1] = token;
         m.assign((size_t) z.n_tiles*KVARN_G, __float2half(0.0f));
@@ -126,6 +129,7 @@ struct decoder {
 
     void launch(int n_used, bool is_behind, cudaStream_t stream) const {
         const int n_rot = z.D & -z.D;
+        std::vector<kvarn_seal_side> sides;
         for (int l = 0; l < z.n_layers; ++l) {
             const layer & y = layers[l];
             feed f = { cur, 2*n_kv + n_q, layers[l ? l - 1 : 0].out, n_q, share, plan + n_plan() - 1, l, { q, part, y.out },
@@ -140,11 +144,13 @@ struct decoder {
             kvarn_prep_args p = {};
             kvarn_attn_args a = {};
             for (int side = 0; side < 2; ++side) {
-                p.side[side] = { z.bits[side], z.D, n_rot, cur + side*n_kv, plan, y.tail[side], y.tiles[side] };
+                p.part[side] = { z.D, z.H, n_rot, side == 0, cur + side*n_kv, n_kv, z.D, plan, y.tail[side], nullptr };
+                sides.push_back({ side, z.bits[side], z.D, z.H, y.tail[side], y.tiles[side] });
                 a.side[side] = { z.bits[side], z.D, y.tiles[side], y.tail[side], n_kv, z.D, 0 };
             }
-            p.H = z.H; p.n_tokens = 1; p.list = plan + 1; p.n_list = N_SEAL;
-            p.q = cur + 2*n_kv; p.q_out = q; p.n_q = z.H*z.gqa; p.q_size = z.D; p.q_rot = n_rot;
+            p.part[2]  = { z.D, z.H*z.gqa, n_rot, true, cur + 2*n_kv, n_q, z.D, nullptr, nullptr, q };
+            p.rope     = { pos, nullptr, z.D, l % 2 == 1, powf(10000.0f, -2.0f/z.D), 1.0f, 0.0f, 1.0f, 0.0f, 0.0f };
+            p.n_tokens = 1;
             ok(kvarn_prep(p, stream, is_behind), "PREP");
 
             a.q = q; a.q_head = z.D; a.q_row = a.q_stream = n_q;
@@ -153,10 +159,7 @@ struct decoder {
             a.n_used = n_used; a.n_tiles = z.n_tiles; a.cap = cap();
             a.scale = 1.0f/sqrtf((float) z.D);
             ok(kvarn_attn_plan(&a), "plan");
-            if (is_behind) {
-                a.list   = p.list;
-                a.n_list = N_SEAL;
-            }
+            a.is_behind = is_behind;
             const bool is_whole = z.is_whole && kvarn_attn_make_whole(&a, y.out, nullptr, n_rot);
             ok(kvarn_attn(a, stream), "ATTN");
             if (!is_whole) {
@@ -164,6 +167,7 @@ struct decoder {
                         is_behind), "REDUCE");
             }
         }
+        ok(kvarn_seal(sides.data(), sides.size(), plan + 1, N_SEAL, stream, is_behind), "SEAL");
     }
 
     void put(int token) const {
@@ -171,6 +175,7 @@ struct decoder {
         std::vector<half>    m;
         place(token, p, m);
         ok(cudaMemcpy(plan, p.data(), p.size()*sizeof(int64_t), cudaMemcpyHostToDevice), "cudaMemcpy");
+        ok(cudaMemcpy(pos, &token, sizeof(int32_t), cudaMemcpyHostToDevice), "cudaMemcpy");
         ok(cudaMemcpy(mask, m.data(), m.size()*sizeof(half), cudaMemcpyHostToDevice), "cudaMemcpy");
     }
 };

@@ -51,10 +51,11 @@ static void props_of_device(ggml_backend_dev_t dev, ggml_backend_dev_props * pro
 
 static ggml_backend_buffer_type_t memory_type(ggml_backend_dev_t dev) { GGML_UNUSED(dev); return ggml_backend_cpu_buffer_type(); }
 
-// rotations and SET_ROWS only as a part of what is fused
+// ROPE, rotations and SET_ROWS only as a part of what is fused
 static bool supports(ggml_backend_dev_t dev, const ggml_tensor * op) {
     GGML_UNUSED(dev);
-    return is_view(op) || op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_SET_ROWS || (op->op == GGML_OP_KVARN && ggml_cuda_kvarn_supported(0, op));
+    return is_view(op) || op->op == GGML_OP_MUL_MAT || op->op == GGML_OP_ROPE || op->op == GGML_OP_SET_ROWS ||
+        (op->op == GGML_OP_KVARN && ggml_cuda_kvarn_supported(0, op));
 }
 
 static bool supports_memory(ggml_backend_dev_t dev, ggml_backend_buffer_type_t type) {

@@ -1,6 +1,6 @@
 // prompt-ggml.cpp - a prompt's attention by kvarn-prompt-ggml.cu, run on the CPU: windows of heads give the bits of GET of all
-// heads and one flash attention, also behind a PREP, which takes more rows than ATTN does. Flash attention is stubs/fattn.cuh,
-// the device that of backend-ggml.cpp.
+// heads and one flash attention, also behind a PREP, which takes more rows than ATTN does; and all its layers are sealed in the
+// end. Flash attention is stubs/fattn.cuh, the device that of backend-ggml.cpp.
 //
 // SPDX-License-Identifier: MIT
 
@@ -199,9 +199,68 @@ static int check_layer(int bits_k, int bits_v) {
     return !is_good;
 }
 
+// Three layers of more tokens than PREP takes, the tile they fill sealed where the graph ends. Returns whether a byte is wrong.
+static int check_late_seals() {
+    enum { N_TOKENS = KVARN_G + 2, N_LAYERS = 3 };
+    std::mt19937 rng(7);
+    const ggml_context_ptr data = context();
+    ggml_context * ctx = data.get();
+    std::vector<int64_t> p;
+    for (int i = 0; i < N_TOKENS; ++i) {
+        p.push_back(i < KVARN_G ? KVARN_G + i : i - KVARN_G); // slot 1 is filled, slot 0 is not
+    }
+    p.insert(p.end(), { 1, 2, -1, -1, KVARN_MAP_EMPTY, KVARN_MAP_EMPTY, 1, 0 });
+    ggml_tensor * plan = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, p.size());
+    ggml_tensor * cur[N_LAYERS][2], * tiles[N_LAYERS][2], * tail[N_LAYERS][2];
+    for (int l = 0; l < N_LAYERS; ++l) {
+        for (int side : { KVARN_KEY, KVARN_VALUE }) {
+            cur  [l][side] = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, D*H, N_TOKENS);
+            tiles[l][side] = ggml_new_tensor_3d(ctx, GGML_TYPE_I8, (int64_t) kvarn_tile_size(D, 4 - side)*H, 4, 1);
+            tail [l][side] = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, D*H, 2*KVARN_G);
+        }
+    }
+    const ggml_backend_buffer_ptr memory(ggml_backend_alloc_ctx_tensors_from_buft(ctx, device_memory()));
+    ggml_backend_buffer_clear(memory.get(), 0x11);
+    memcpy(plan->data, p.data(), p.size()*sizeof(int64_t));
+
+    const ggml_context_ptr nodes = context();
+    ctx = nodes.get();
+    ggml_cgraph * graph = ggml_new_graph(ctx);
+    ggml_tensor * index = ggml_view_1d(ctx, plan, N_TOKENS, 0);
+    const kvarn_shape shape[2] = { { KVARN_KEY, 4, D, H, N_TOKENS, 2, 4, true }, { KVARN_VALUE, 3, D, H, N_TOKENS, 2, 4, true } };
+    for (int l = 0; l < N_LAYERS; ++l) {
+        for (int side : { KVARN_KEY, KVARN_VALUE }) {
+            randomize(cur[l][side], rng);
+            ggml_tensor * rows = ggml_set_rows(ctx, tail[l][side], cur[l][side], index);
+            ggml_build_forward_expand(graph, ggml_kvarn_seal(ctx, tiles[l][side], rows, plan, shape[side]));
+        }
+    }
+    const ggml_backend_buffer_ptr views(ggml_backend_alloc_ctx_tensors_from_buft(ctx, device_memory()));
+    const ggml_backend_ptr backend(ggml_backend_dev_init(ggml_backend_reg_dev_get(ggml_backend_init(), 0), nullptr));
+    bool is_good = ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS;
+
+    std::vector<ggml_fp16_t> rows(N_TOKENS*D*H);
+    std::vector<float> scratch(KVARN_G*D + kvarn_seal_scratch(D));
+    for (int l = 0; l < N_LAYERS; ++l) {
+        for (int side : { KVARN_KEY, KVARN_VALUE }) {
+            std::vector<uint8_t> want(ggml_nbytes(tiles[l][side]), 0x11);
+            ggml_fp32_to_fp16_row((const float *) cur[l][side]->data, rows.data(), rows.size());
+            for (int h = 0; h < H; ++h) {
+                kvarn_seal_rows(&shape[side], rows.data() + h*D, want.data() + 2*tiles[l][side]->nb[1] +
+                        h*kvarn_tile_size(D, 4 - side), scratch.data(), ggml_fp16_to_fp32_row, kvarn_seal_ref);
+            }
+            is_good = is_good && memcmp(want.data(), tiles[l][side]->data, want.size()) == 0;
+        }
+    }
+    if (!is_good) {
+        printf("FAILED: %d layers sealed in the end have other bytes\n", N_LAYERS);
+    }
+    return !is_good;
+}
+
 int main() {
     const int n_bad = check(4, 2, false) + check(3, 3, true) + check(2, 0, true) + check(0, 4, false) +
-        check_layer(4, 2) + check_layer(3, 3);
-    printf("check: 14 prompts, %d failed\n", n_bad);
+        check_layer(4, 2) + check_layer(3, 3) + check_late_seals();
+    printf("check: 15 prompts, %d failed\n", n_bad);
     return n_bad != 0;
 }
