@@ -38,8 +38,25 @@ static __device__ __forceinline__ void kvarn_butterfly(float * x, int at, int n)
     x[i + n] = a - b;
 }
 
-// Transforms each n_rot of D values in place; one warp. Returns what they have to be multiplied with. n_rot 0: leaves them alone
+// Transforms each n_rot of D values in place, x on 16 bytes; one warp. Returns what they have to be multiplied with. n_rot 0:
+// leaves them alone. The usual 128 go through registers with the same sums and differences: four in a row per lane, then between
+// lanes.
 static __device__ __forceinline__ float kvarn_hadamard(float * x, int D, int n_rot, int lane) {
+    if (D == 128 && n_rot == 128) {
+        float4 v = ((const float4 *) x)[lane];
+        v = make_float4(v.x + v.y, v.x - v.y, v.z + v.w, v.z - v.w);
+        v = make_float4(v.x + v.z, v.y + v.w, v.x - v.z, v.y - v.w);
+        for (int n = 1; n < 32; n *= 2) {
+            const float sign = lane & n ? -1.0f : 1.0f;
+            v.x = __shfl_xor_sync(0xffffffff, v.x, n) + sign*v.x;
+            v.y = __shfl_xor_sync(0xffffffff, v.y, n) + sign*v.y;
+            v.z = __shfl_xor_sync(0xffffffff, v.z, n) + sign*v.z;
+            v.w = __shfl_xor_sync(0xffffffff, v.w, n) + sign*v.w;
+        }
+        ((float4 *) x)[lane] = v;
+        __syncwarp();
+        return 1.0f/sqrtf(128.0f);
+    }
     for (int n = 1; n < n_rot; n *= 2) {
         for (int at = lane; at < D/2; at += 32) {
             kvarn_butterfly(x, at, n);

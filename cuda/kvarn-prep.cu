@@ -5,7 +5,7 @@
 //   warp   one head of a token's keys, values or queries: turned by its position, a Hadamard transform of n_rot channels in
 //          shared memory, then to the tail or to where ATTN reads queries
 // Bound by the latency of one launch, which is why it is one: turning, rotating and storing apart are seven. Positions and rows
-// are inputs: sines and cosines are there before the kernel before has ended.
+// are inputs, asked for before the kernel before has ended; angles are worked out while the vector is on its way.
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
@@ -15,6 +15,7 @@
 #include "kvarn-mma.cuh"
 
 #define N_WARPS 4
+#define PAIRS   (KVARN_D_MAX/64) // of a lane, at most
 
 // cosine and sine for pair `at` of a token, both times the factor for attention
 static __device__ __forceinline__ float2 kvarn_turn(const kvarn_rope & r, int at, float pos) {
@@ -30,12 +31,10 @@ static __device__ __forceinline__ float2 kvarn_turn(const kvarn_rope & r, int at
 }
 
 static __global__ void __launch_bounds__(32*N_WARPS) kvarn_prep_kernel(const kvarn_prep_args a) {
-    __shared__ float  vectors[N_WARPS][KVARN_D_MAX];
-    __shared__ float2 turns  [N_WARPS][KVARN_D_MAX/2];
+    __shared__ __align__(16) float vectors[N_WARPS][KVARN_D_MAX];
 
     const int warp = threadIdx.x/32, lane = threadIdx.x % 32;
-    float  * y    = vectors[warp];
-    float2 * turn = turns[warp];
+    float * y = vectors[warp];
 
     int n = 0, vector = blockIdx.x*N_WARPS + warp;
     while (n < 3 && vector >= a.n_tokens*a.part[n].H) {
@@ -46,9 +45,7 @@ static __global__ void __launch_bounds__(32*N_WARPS) kvarn_prep_kernel(const kva
     const int  token = is_here ? vector/p.H : 0, h = is_here ? vector - token*p.H : 0;
     const int  n_turned = is_here && p.is_turned ? a.rope.n_dims/2 : 0; // pairs
     const int64_t row = is_here && p.tail ? p.rows[token] : token;
-    for (int at = lane; at < n_turned; at += 32) {
-        turn[at] = kvarn_turn(a.rope, at, (float) a.rope.pos[token]);
-    }
+    const float   pos = n_turned > 0 ? (float) a.rope.pos[token] : 0.0f;
     kvarn_wait_for_kernel_before();
     kvarn_let_kernel_behind_start(); // it knows what is written here, and waits for that
     if (!is_here) {
@@ -56,13 +53,24 @@ static __global__ void __launch_bounds__(32*N_WARPS) kvarn_prep_kernel(const kva
     }
 
     const float * x = p.x + token*p.x_token + h*p.x_head;
-    for (int at = lane; at < p.D/2; at += 32) {
-        const bool is_apart = a.rope.is_neox && at < n_turned;
-        const int  i = is_apart ? at : 2*at, j = is_apart ? at + n_turned : 2*at + 1;
-        const float v = x[i], w = x[j];
-        const float2 t = at < n_turned ? turn[at] : make_float2(1.0f, 0.0f);
-        y[i] = v*t.x - w*t.y;
-        y[j] = v*t.y + w*t.x;
+    const auto first  = [&](int at) { return a.rope.is_neox && at < n_turned ? at : 2*at; };
+    const auto second = [&](int at) { return a.rope.is_neox && at < n_turned ? at + n_turned : 2*at + 1; };
+    float2 v[PAIRS];
+#pragma unroll
+    for (int k = 0; k < PAIRS; ++k) {
+        const int at = lane + 32*k;
+        if (at < p.D/2) {
+            v[k] = make_float2(x[first(at)], x[second(at)]);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < PAIRS; ++k) {
+        const int at = lane + 32*k;
+        if (at < p.D/2) {
+            const float2 t = at < n_turned ? kvarn_turn(a.rope, at, pos) : make_float2(1.0f, 0.0f);
+            y[first(at)]  = v[k].x*t.x - v[k].y*t.y;
+            y[second(at)] = v[k].x*t.y + v[k].y*t.x;
+        }
     }
     __syncwarp();
     const float scale = kvarn_hadamard(y, p.D, p.n_rot, lane);

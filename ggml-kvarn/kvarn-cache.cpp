@@ -189,27 +189,43 @@ void llama_kvarn::check_device(ggml_backend_dev_t dev, const side_layer & layer)
 }
 
 void llama_kvarn::place_rotations(const std::unordered_map<int64_t, std::vector<float>> & hadamard) {
-    ggml_init_params params = { 2*ggml_tensor_overhead(), nullptr, true };
-    rot_ctx.reset(ggml_init(params));
-
-    ggml_backend_buffer_type_t buft = nullptr;
+    std::vector<ggml_backend_buffer_type_t> bufts;
     for (int side : { KVARN_KEY, KVARN_VALUE }) {
-        if (n_rot[side] && !layers[side].empty()) {
-            buft = ggml_backend_buffer_get_type(layers[side][0].tiles->buffer);
-            rot[side] = side == KVARN_VALUE && n_rot[KVARN_KEY] == n_rot[side] && rot[KVARN_KEY] ? rot[KVARN_KEY] :
-                ggml_new_tensor_2d(rot_ctx.get(), GGML_TYPE_F32, n_rot[side], n_rot[side]);
+        for (const auto & layer : layers[side]) {
+            ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(layer.tiles->buffer);
+            if (std::find(bufts.begin(), bufts.end(), buft) == bufts.end()) {
+                bufts.push_back(buft);
+            }
         }
     }
-    if (!buft) {
-        return;
+    for (ggml_backend_buffer_type_t buft : bufts) {
+        rot_ctx.emplace_back(ggml_init({ 2*ggml_tensor_overhead(), nullptr, true }));
+        ggml_tensor * copy[2] = { nullptr, nullptr };
+        for (int side : { KVARN_KEY, KVARN_VALUE }) {
+            if (n_rot[side] && !layers[side].empty()) {
+                copy[side] = side == KVARN_VALUE && copy[KVARN_KEY] && n_rot[KVARN_KEY] == n_rot[side] ? copy[KVARN_KEY] :
+                    ggml_new_tensor_2d(rot_ctx.back().get(), GGML_TYPE_F32, n_rot[side], n_rot[side]);
+                rot_copies[side].push_back(copy[side]);
+            }
+        }
+        if (!copy[KVARN_KEY] && !copy[KVARN_VALUE]) {
+            return;
+        }
+        rot_buf.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(rot_ctx.back().get(), buft));
+        if (!rot_buf.back()) {
+            throw std::runtime_error("kvarn: no memory for the rotation matrix; use a smaller n_ctx");
+        }
+        for (ggml_tensor * t : copy) {
+            if (t) {
+                ggml_backend_tensor_set(t, hadamard.at(t->ne[0]).data(), 0, ggml_nbytes(t));
+            }
+        }
     }
-    rot_buf.reset(ggml_backend_alloc_ctx_tensors_from_buft(rot_ctx.get(), buft));
-    if (!rot_buf) {
-        throw std::runtime_error("kvarn: no memory for the rotation matrix; use a smaller n_ctx");
-    }
-    for (ggml_tensor * t : rot) {
-        if (t) {
-            ggml_backend_tensor_set(t, hadamard.at(t->ne[0]).data(), 0, ggml_nbytes(t));
+    for (int side : { KVARN_KEY, KVARN_VALUE }) {
+        rot[side] = rot_copies[side].empty() ? nullptr : rot_copies[side][0];
+        if (rot_copies[side].size() > 1) {
+            rot_copies[side].push_back(nullptr);
+            rot[side]->extra = rot_copies[side].data(); // for ggml_kvarn_near()
         }
     }
 }

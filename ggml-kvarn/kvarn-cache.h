@@ -193,10 +193,11 @@ private:
 
     std::vector<side_layer> layers[2];
 
-    // Hadamard matrices beside the tiles: as an input each would be copied for every token
-    ggml_context_ptr        rot_ctx;
-    ggml_backend_buffer_ptr rot_buf;
-    ggml_tensor           * rot[2] = { nullptr, nullptr };
+    // Hadamard matrices beside the tiles: as an input each would be copied for every token. A copy on every device that has tiles
+    std::vector<ggml_context_ptr>        rot_ctx;
+    std::vector<ggml_backend_buffer_ptr> rot_buf;
+    std::vector<ggml_tensor *>           rot_copies[2]; // nullptr at the end
+    ggml_tensor                        * rot[2] = { nullptr, nullptr };
 
     std::vector<uint32_t> seal_list;   // tiles that the current ubatch fills
     std::vector<copy>     copies;      // pending

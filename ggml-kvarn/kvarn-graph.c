@@ -152,6 +152,22 @@ static ggml_backend_dev_t kvarn_device(const struct ggml_tensor * tiles) {
     return ggml_backend_buft_get_device(ggml_backend_buffer_get_type(t->buffer));
 }
 
+struct ggml_tensor * ggml_kvarn_near(struct ggml_tensor * tensor, const struct ggml_tensor * cur) {
+    struct ggml_tensor ** copies = (struct ggml_tensor **) tensor->extra;
+    if (!copies) {
+        return tensor;
+    }
+    while (cur && !cur->buffer && !(cur->view_src && cur->view_src->buffer)) {
+        cur = cur->src[0];
+    }
+    for (; cur && *copies; ++copies) {
+        if (kvarn_device(*copies) == kvarn_device(cur)) {
+            return *copies;
+        }
+    }
+    return tensor;
+}
+
 static void kvarn_set_attn_sources(
         struct ggml_tensor  * node,
         struct ggml_tensor  * q,

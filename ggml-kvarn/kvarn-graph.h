@@ -48,6 +48,11 @@ struct kvarn_shape {
     int32_t is_late; // of SEAL: no node of the graph reads what it seals, so it may run behind later nodes; 0 where it may not
 };
 
+// A constant that each device has a copy of: `tensor`'s extra is NULL or the list of them, NULL at its end. Returns the one on
+// the device of the weights or the cache that `cur` is computed from, else `tensor`. Without it layers of one device would go to
+// another for a matrix of 64 KiB.
+GGML_API struct ggml_tensor * ggml_kvarn_near(struct ggml_tensor * tensor, const struct ggml_tensor * cur);
+
 // Bytes of f16 rows that a device unpacks at once where it attends a prompt a few heads at a time: KVARN_WINDOW in MiB, or 160 MiB
 GGML_API size_t kvarn_window_size(void);
 

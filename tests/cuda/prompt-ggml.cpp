@@ -258,9 +258,34 @@ static int check_late_seals() {
     return !is_good;
 }
 
+// A rotation that two devices have: a layer takes the one beside its weights, seen through what is computed from these.
+static int check_near() {
+    const ggml_context_ptr contexts[3] = { context(), context(), context() };
+    ggml_tensor * rot[3] = {}, * weights[2];
+    ggml_backend_buffer_ptr memory[2];
+    for (int i = 0; i < 2; ++i) {
+        rot    [i] = ggml_new_tensor_2d(contexts[i].get(), GGML_TYPE_F32, D, D);
+        weights[i] = ggml_new_tensor_2d(contexts[i].get(), GGML_TYPE_F32, D, D);
+        memory [i].reset(ggml_backend_alloc_ctx_tensors_from_buft(contexts[i].get(), i ? device_memory() :
+                ggml_backend_cpu_buffer_type()));
+    }
+    ggml_context * ctx = contexts[2].get();
+    ggml_tensor * x = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, D, 3);
+    bool is_good = ggml_kvarn_near(rot[0], ggml_mul_mat(ctx, weights[1], x)) == rot[0]; // has no copies
+    rot[0]->extra = rot;
+    for (int i = 0; i < 2; ++i) {
+        is_good = is_good && ggml_kvarn_near(rot[0], ggml_reshape_1d(ctx, ggml_mul_mat(ctx, weights[i], x), 3*D)) == rot[i];
+    }
+    is_good = is_good && ggml_kvarn_near(rot[0], x) == rot[0];
+    if (!is_good) {
+        printf("FAILED: a layer takes its rotation from another device\n");
+    }
+    return !is_good;
+}
+
 int main() {
     const int n_bad = check(4, 2, false) + check(3, 3, true) + check(2, 0, true) + check(0, 4, false) +
-        check_layer(4, 2) + check_layer(3, 3) + check_late_seals();
-    printf("check: 15 prompts, %d failed\n", n_bad);
+        check_layer(4, 2) + check_layer(3, 3) + check_late_seals() + check_near();
+    printf("check: 16 prompts, %d failed\n", n_bad);
     return n_bad != 0;
 }
