@@ -18,10 +18,16 @@ struct kvarn_attn_layout {
     int factors, barriers, p_words, masks, tiles, tile_size, total; // bytes in shared memory
 };
 
-#define KVARN_ATTN_WARPS 4 // per block, at most
-#define KVARN_ATTN_WARPS_SM 8 // per multiprocessor: they keep the memory of a large device busy, more are slower
-#define KVARN_ATTN_WHOLE 1 // tiles per warp up to which one block does all of a KV head
+#define KVARN_ATTN_WARPS 8 // of a block that does all of a KV head, at most
+#define KVARN_ATTN_WHOLE 4 // tiles up to which there is such a block
 #define KVARN_ATTN_EARLY 128 // tiles up to which ATTN starts while PREP runs; with more, starting behind it is as fast or faster
+#define KVARN_ATTN_SMALL 6144 // bytes of a tile of keys and one of values of which more have to be in flight
+
+// Warps per multiprocessor, at most: what they have in flight keeps the memory of a large device busy, and more are slower. Small
+// tiles take more, and more query vectors than memory can keep busy.
+static __host__ __device__ __forceinline__ constexpr int kvarn_attn_warps_sm(int D, int nc) {
+    return D > 64 ? 8 : nc > 1 ? 12 : 16;
+}
 
 // whether a block can do sealed tiles and open ones, and start early: with the most sums there are not enough registers
 static __host__ __device__ __forceinline__ constexpr bool kvarn_attn_may_be_whole(int D, int nc) { return D*nc <= 256; }

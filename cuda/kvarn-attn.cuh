@@ -32,7 +32,7 @@
 enum { KVARN_SKIPPED, KVARN_MASKED, KVARN_SEEN }; // no row sees it, or it is not sealed; some mask values count; all are 0
 
 template <int BK, int BV, int D, int NC>
-static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 128 ? 3 : 2)
+static __global__ void __launch_bounds__(32*kvarn_attn_warps_sm(D, NC), 1)
         kvarn_attn_kernel(const kvarn_attn_args a, const kvarn_attn_layout lay) {
     using C = kvarn_values<BV ? BV : 2, D, NC>; // layout of the output
     const int size_k = BK ? kvarn_tile_size(D, BK ? BK : 2) : 0;
@@ -119,15 +119,30 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
         return __any_sync(0xffffffff, is_seen) ? KVARN_MASKED : KVARN_SKIPPED;
     };
 
-    // The open tiles of this block: f(tile, its slot); a warp takes 32 rows at a time.
+    // The open tiles of this block: f(tile, its slot). Every warp looks through the map, sixteen entries per lane at once: one
+    // behind the other, 1024 of them take longer than all other blocks' work.
     const auto for_open_tiles = [&](auto && f) {
-        for (int t0 = 0, n_seen = 0; t0 < a.n_used; t0 += 32) {
-            const int mine = t0 + lane < a.n_used ? (int) map[t0 + lane] : -2;
-            for (uint32_t left = __ballot_sync(0xffffffff, mine >= 0); left != 0; left &= left - 1, ++n_seen) {
-                const int at    = __ffs(left) - 1;
-                const int where = __shfl_sync(0xffffffff, mine, at);
-                if (is_whole || n_seen % a.n_open == part - a.n_split) {
-                    f(t0 + at, where);
+        constexpr int N = 16;
+        for (int t0 = 0, n_seen = 0; t0 < a.n_used; t0 += 32*N) {
+            int where[N];
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const int t = t0 + 32*n + lane;
+                where[n] = t < a.n_used ? (int) map[t] : -2;
+            }
+            uint32_t open = 0; // of lane n: which of tiles t0 + 32*n .. are
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const uint32_t some = __ballot_sync(0xffffffff, where[n] >= 0);
+                open = lane == n ? some : open;
+            }
+            for (uint32_t words = __ballot_sync(0xffffffff, open != 0); words != 0; words &= words - 1) {
+                const int n = __ffs(words) - 1;
+                for (uint32_t left = __shfl_sync(0xffffffff, open, n); left != 0; left &= left - 1, ++n_seen) {
+                    const int t = t0 + 32*n + __ffs(left) - 1;
+                    if (is_whole || n_seen % a.n_open == part - a.n_split) {
+                        f(t, (int) map[t]);
+                    }
                 }
             }
         }
@@ -193,9 +208,9 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
     }
     __syncwarp();
     start_keys(t_begin, t_begin < t_end);
-    start_values(t_begin, t_begin < t_end);
     int seen = examine(first, t_begin);
     if (is_early) {
+        start_values(t_begin, t_begin < t_end);
         if (is_open || is_whole) {
             for_open_tiles([&](int t, int where) {
                 for (int row = 32*warp + lane; row < KVARN_G; row += 32*n_warps) {
@@ -227,6 +242,9 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
         store_q(c, q[0]);
     }
     __syncthreads();
+    if (!is_early) {
+        start_values(t_begin, t_begin < t_end); // behind all warps' keys: work begins as soon as those are there
+    }
 
     kvarn_columns<NC> col;
     col.softcap = a.softcap*KVARN_LOG2E;
@@ -313,7 +331,7 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
                 rows[side] = k.rows + h*k.head_stride + (k.bits ? (int64_t) where*KVARN_G*k.row_stride :
                                                          s*k.stream_stride + (int64_t) t*KVARN_G*k.row_stride);
             }
-            for (int quarter = warp; quarter < 4; quarter += n_warps) {
+            for (int quarter = n_warps - 1 - warp; quarter < 4; quarter += n_warps) { // the first warps may have sealed tiles
                 const half * m = mask + t*KVARN_G + 32*quarter;
                 bool is_seen = false;
                 for (int r = 0; r < n_mask; ++r) {
@@ -381,10 +399,12 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
             break;
         }
         float max = -1e30f, sum = 0.0f;
+#pragma unroll 4
         for (int w = 0; w < n_warps; ++w) {
             max = fmaxf(max, heads[w*n_col + c].x);
         }
         float2 out = make_float2(0.0f, 0.0f);
+#pragma unroll 4
         for (int w = 0; w < n_warps; ++w) {
             const float2 v = *(const float2 *) (outs + (w*n_col + c)*(D + 8) + d), e = heads[w*n_col + c];
             const float  f = kvarn_exp2(e.x - max);
@@ -411,13 +431,19 @@ static __global__ void __launch_bounds__(32*KVARN_ATTN_WARPS, NC == 1 && D <= 12
         return;
     }
     __syncthreads();
+    constexpr int N = D/32;
     for (int c = warp; c < n_col && c0 + c < n_q; c += n_warps) {
-        float * x = outs + c*(D + 8);
-        const float scale = kvarn_hadamard(x, D, a.n_rot, lane);
+        float x[N];
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            x[n] = outs[c*(D + 8) + 32*n + lane];
+        }
+        kvarn_hadamard_lanes<N>(x, a.n_rot, lane);
         const int row = kvarn_attn_row(lay, c0 + c), head = h*a.n_gqa + c0 + c - row*a.n_gqa;
         float * dst = a.out + (((int64_t) s*a.n_rows + row)*n_head + head)*D;
-        for (int d = 2*lane; d < D; d += 64) {
-            *(float2 *) (dst + d) = make_float2(x[d]*scale, x[d + 1]*scale);
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            dst[32*n + lane] = x[n];
         }
     }
 }

@@ -65,3 +65,36 @@ static __device__ __forceinline__ float kvarn_hadamard(float * x, int D, int n_r
     }
     return n_rot ? 1.0f/sqrtf((float) n_rot) : 1.0f;
 }
+
+// The same in registers of one warp, finished: lane l has values l, l + 32, .. of D, R of them or fewer
+template <int R>
+static __device__ __forceinline__ void kvarn_hadamard_lanes(float (&x)[R], int n_rot, int lane) {
+    static_assert((R & (R - 1)) == 0, "steps between registers");
+#pragma unroll
+    for (int n = 1; n < 32; n *= 2) {
+        if (n < n_rot) {
+#pragma unroll
+            for (int i = 0; i < R; ++i) {
+                const float other = __shfl_xor_sync(0xffffffff, x[i], n);
+                x[i] = lane & n ? other - x[i] : x[i] + other;
+            }
+        }
+    }
+#pragma unroll
+    for (int n = 1; n < R; n *= 2) {
+        if (32*n < n_rot) {
+#pragma unroll
+            for (int at = 0; at < R/2; ++at) {
+                const int i = (at & ~(n - 1))*2 | (at & (n - 1));
+                const float a = x[i], b = x[i + n];
+                x[i]     = a + b;
+                x[i + n] = a - b;
+            }
+        }
+    }
+    const float scale = n_rot ? 1.0f/sqrtf((float) n_rot) : 1.0f;
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+        x[i] *= scale;
+    }
+}

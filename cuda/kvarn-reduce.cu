@@ -113,15 +113,20 @@ static __global__ void __launch_bounds__(32*N_WARPS) kvarn_reduce_kernel(const f
         return;
     }
     __syncthreads();
-    for (int n = 1; n < n_rot; n *= 2) {
-        for (int at = threadIdx.x; at < D/2; at += 32*N_WARPS) {
-            kvarn_butterfly(rotated, at, n);
-        }
-        __syncthreads();
+    if (warp > 0) {
+        return;
     }
-    const float scale = 1.0f/sqrtf((float) n_rot);
-    for (int d = threadIdx.x; d < D; d += 32*N_WARPS) {
-        out[(int64_t) blockIdx.x*D + d] = rotated[d]*scale;
+    float x[2*N];
+#pragma unroll
+    for (int n = 0; n < 2*N; ++n) {
+        x[n] = rotated[32*n + lane]; // beyond D nothing is used
+    }
+    kvarn_hadamard_lanes<2*N>(x, n_rot, lane);
+#pragma unroll
+    for (int n = 0; n < 2*N; ++n) {
+        if (32*n + lane < D) {
+            out[(int64_t) blockIdx.x*D + 32*n + lane] = x[n];
+        }
     }
 }
 

@@ -1,15 +1,15 @@
-// bench-attn.cu - checks and times ATTN + REDUCE without ggml: float64 on the host, cold L2, share of the card's copy bandwidth.
+// bench-attn.cu - checks and times attention without ggml: float64 on the host, cold L2, share of the card's copy bandwidth.
 //
 // SPDX-License-Identifier: MIT
 //
 // From the repository's root; the last table is CSV:
 //   nvcc -std=c++17 -O3 -arch=native -use_fast_math -Iggml-kvarn -Icuda -Xcompiler -ffp-contract=off -o bench-attn \
 //        cuda/bench/bench-attn.cu cuda/kvarn-attn*.cu cuda/kvarn-reduce.cu && ./bench-attn
-//   ./bench-attn check     only the checks (for compute-sanitizer)       ./bench-attn time 4 2 128 4 131072     one line: bits,
-//   D, GQA, tokens
+//   ./bench-attn check     only the checks (for compute-sanitizer)
+//   ./bench-attn time 4 2 128 4 131072 8 1     one shape: bits, D, GQA, tokens, KV heads, streams
 //
 // Times are those of graph replays of both kernels, as two ordinary launches ("plain") and with REDUCE placed while ATTN ends
-// ("behind", what the cache does); every call reads another set of buffers, 600 MB in rotation.
+// ("behind"); every call reads another set of buffers, 600 MB in rotation.
 
 #include "bench.cuh"
 #include "kvarn-cuda.h"
@@ -276,21 +276,11 @@ static double copy_bandwidth(cudaStream_t stream) {
     ok(cudaMalloc(&a, size), "cudaMalloc");
     ok(cudaMalloc(&b, size), "cudaMalloc");
     ok(cudaMemset(a, 1, size), "cudaMemset");
-    cudaEvent_t e0, e1;
-    cudaEventCreate(&e0); cudaEventCreate(&e1);
-    std::vector<float> times;
-    for (int i = 0; i < 12; ++i) {
-        float ms;
-        cudaEventRecord(e0, stream);
+    const double ms = median_ms(12, 0, stream, [&] {
         ok(cudaMemcpyAsync(b, a, size, cudaMemcpyDeviceToDevice, stream), "copy");
-        cudaEventRecord(e1, stream);
-        ok(cudaEventSynchronize(e1), "copy");
-        cudaEventElapsedTime(&ms, e0, e1);
-        times.push_back(ms);
-    }
+    });
     cudaFree(a); cudaFree(b);
-    std::sort(times.begin(), times.end());
-    return 2.0*size/(times[times.size()/2]*1e-3);
+    return 2.0*size/(ms*1e-3);
 }
 
 static void measure(const shape & z, double copy, cudaStream_t stream, const char * card) {
@@ -310,24 +300,11 @@ static void measure(const shape & z, double copy, cudaStream_t stream, const cha
         for (int i = 0; i < n_calls; ++i) { launch(z, calls[i % n_sets], is_behind, stream); }
         ok(cudaStreamEndCapture(stream, &graph), "capture");
         ok(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-        cudaEvent_t e0, e1;
-        cudaEventCreate(&e0); cudaEventCreate(&e1);
-        std::vector<float> times;
-        for (int i = 0; i < 12; ++i) {
-            float ms;
-            cudaEventRecord(e0, stream);
-            cudaGraphLaunch(exec, stream);
-            cudaEventRecord(e1, stream);
-            ok(cudaEventSynchronize(e1), "replay");
-            cudaEventElapsedTime(&ms, e0, e1);
-            if (i >= 3) { times.push_back(ms/n_calls); }
-        }
-        std::sort(times.begin(), times.end());
-        const double us = times[times.size()/2]*1e3;
+        const double us = median_ms(12, 3, stream, [&] { ok(cudaGraphLaunch(exec, stream), "replay"); })*1e3/n_calls;
         const kvarn_attn_args & a = calls[0].args;
-        printf("%s,%d,%d,%d,%d,%d,%d,%d,%s,%.2f,%.0f,%.1f,%d,%d\n", card, z.bits[0], z.bits[1], z.D[0], z.gqa, z.rows,
-                z.n_used*KVARN_G, z.n_stream,
-               is_behind ? "behind" : "plain", us, bytes/us*1e-3, 100.0*bytes/(us*1e-6)/copy, a.n_split, a.n_warps);
+        printf("%s,%d,%d,%d,%d,%d,%d,%d,%d,%s,%.2f,%.0f,%.1f,%d,%d\n", card, z.bits[0], z.bits[1], z.D[0], z.H, z.gqa, z.rows,
+                z.n_used*KVARN_G, z.n_stream, is_behind ? "behind" : "plain", us, bytes/us*1e-3, 100.0*bytes/(us*1e-6)/copy,
+                a.n_split, a.n_warps);
         fflush(stdout);
         cudaGraphExecDestroy(exec);
         cudaGraphDestroy(graph);
@@ -365,6 +342,7 @@ int main(int argc, char ** argv) {
             shapes.push_back({ { b, b }, { 96,  96  }, 3, 2, 5, 2, 1, true,  8.0f, 2.0f });
             shapes.push_back({ { b, b }, { 128, 128 }, 8, 1, 77, 2, 1, true, 8.0f, 2.0f });
         }
+        shapes.push_back({ { 2, 2 }, { 64, 64 }, 1, 1, 600, 1, 1, false, 0.0f, 0.0f }); // the map is looked through in parts
         int n_bad = 0;
         double worst = 0.0;
         for (size_t i = 0; i < shapes.size(); ++i) {
@@ -389,16 +367,16 @@ int main(int argc, char ** argv) {
         cudaStreamCreate(&stream);
         const double copy = copy_bandwidth(stream);
         printf("copy: %.0f GB/s read + write\n", copy*1e-9);
-        printf("card,bits_k,bits_v,D,gqa,rows,tokens,streams,launch,us,GB/s,%% of copy,splits,warps\n");
+        printf("card,bits_k,bits_v,D,heads,gqa,rows,tokens,streams,launch,us,GB/s,%% of copy,splits,warps\n");
         if (argc > 2) {
-            const int n = argc > 6 ? atoi(argv[6]) : 131072;
-            measure({ { atoi(argv[2]), atoi(argv[3]) }, { atoi(argv[4]), atoi(argv[4]) }, atoi(argv[5]), 1, n/KVARN_G, 8, 1,
-                    false, 0.0f, 0.0f },
-                    copy, stream, prop.name);
+            const auto number = [&](int i, int otherwise) { return argc > i ? atoi(argv[i]) : otherwise; };
+            const int D = number(4, 128);
+            measure({ { number(2, 4), number(3, 2) }, { D, D }, number(5, 4), 1, number(6, 131072)/KVARN_G, number(7, 8),
+                    number(8, 1), false, 0.0f, 0.0f }, copy, stream, prop.name);
             return 0;
         }
         const int bits[][2] = { { 4, 4 }, { 4, 2 }, { 3, 3 }, { 2, 2 } };
-        for (int n : { 131072, 32768, 8192, 2048 }) {
+        for (int n : { 131072, 32768, 8192, 4096, 2048 }) {
             for (int gqa : { 4, 8 }) {
                 for (auto & b : bits) {
                     measure({ { b[0], b[1] }, { 128, 128 }, gqa, 1, n/KVARN_G, 8, 1, false, 0.0f, 0.0f }, copy, stream,
@@ -406,14 +384,22 @@ int main(int argc, char ** argv) {
                 }
             }
         }
-        for (int D : { 64, 256 }) {
-            for (auto & b : bits) { measure({ { b[0], b[1] }, { D, D }, 4, 1, 1024, D == 64 ? 8 : 4, 1, false, 0.0f, 0.0f }, copy,
-                    stream, prop.name); }
+        for (int gqa : { 4, 8 }) {
+            for (auto & b : bits) { measure({ { b[0], b[1] }, {  64,  64 }, gqa, 1, 1024, 8, 1, false, 0.0f, 0.0f }, copy, stream,
+                    prop.name); }
+            for (int H : { 4, 8 }) {
+                for (auto & b : bits) {
+                    measure({ { b[0], b[1] }, { 256, 256 }, gqa, 1, 1024, H, 1, false, 0.0f, 0.0f }, copy, stream, prop.name);
+                }
+            }
         }
         measure({ { 4, 2 }, { 128, 128 }, 4, 4, 1024, 8, 1, false, 0.0f, 0.0f }, copy, stream, prop.name);
         measure({ { 4, 2 }, { 128, 128 }, 16, 1, 1024, 8, 1, false, 0.0f, 0.0f }, copy, stream, prop.name);
-        for (auto & b : bits) { measure({ { b[0], b[1] }, { 128, 128 }, 4, 1, 256, 8, 4, false, 0.0f, 0.0f }, copy, stream,
-                prop.name); }
+        for (int n : { 32768, 8192, 4096, 2048 }) {
+            for (auto & b : bits) {
+                measure({ { b[0], b[1] }, { 128, 128 }, 4, 1, n/KVARN_G, 8, 4, false, 0.0f, 0.0f }, copy, stream, prop.name);
+            }
+        }
         measure({ { 4, 0 }, { 128, 128 }, 4, 1, 256, 8, 1, false, 0.0f, 0.0f }, copy, stream, prop.name);
         measure({ { 0, 2 }, { 128, 128 }, 4, 1, 256, 8, 1, false, 0.0f, 0.0f }, copy, stream, prop.name);
         measure({ { 4, 2 }, { 96, 96 }, 4, 1, 256, 8, 1, false, 0.0f, 0.0f }, copy, stream, prop.name);
