@@ -295,25 +295,29 @@ static void read_mask(const uint16_t * m, float * f32, int * t0, int * t1) {
     }
 }
 
-static float mask(float slope, const float * m, float * s) {
-    float32x4_t max = vdupq_n_f32(-__builtin_inff());
-    for (int t = 0; t < G; t += 4) {
-        const float32x4_t x = vfmaq_n_f32(vld1q_f32(s + t), vld1q_f32(m + t), slope);
-        vst1q_f32(s + t, x);
-        max = vmaxq_f32(max, x);
+static void mask(int n, const float * slope, const float * m, float * s, float * max) {
+    for (int i = 0; i < n; ++i, s += G) {
+        float32x4_t most = vdupq_n_f32(-__builtin_inff());
+        for (int t = 0; t < G; t += 4) {
+            const float32x4_t x = vfmaq_n_f32(vld1q_f32(s + t), vld1q_f32(m + t), slope[i]);
+            vst1q_f32(s + t, x);
+            most = vmaxq_f32(most, x);
+        }
+        max[i] = vmaxvq_f32(most);
     }
-    return vmaxvq_f32(max);
 }
 
-static float soften(float max, float * s) {
-    const float32x4_t m = vdupq_n_f32(max);
-    float32x4_t sum = vdupq_n_f32(0.0f);
-    for (int t = 0; t < G; t += 4) {
-        const float32x4_t p = exp_of(vsubq_f32(vld1q_f32(s + t), m));
-        vst1q_f32(s + t, p);
-        sum = vaddq_f32(sum, p);
+static void soften(int n, const float * max, float * s, float * sum) {
+    for (int i = 0; i < n; ++i, s += G) {
+        const float32x4_t m = vdupq_n_f32(max[i]);
+        float32x4_t all = vdupq_n_f32(0.0f);
+        for (int t = 0; t < G; t += 4) {
+            const float32x4_t p = exp_of(vsubq_f32(vld1q_f32(s + t), m));
+            vst1q_f32(s + t, p);
+            all = vaddq_f32(all, p);
+        }
+        sum[i] = vaddvq_f32(all);
     }
-    return vaddvq_f32(sum);
 }
 
 // --- sets ---

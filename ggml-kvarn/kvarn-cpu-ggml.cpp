@@ -217,7 +217,9 @@ static void kvarn_attend_task(const ggml_compute_params * params, const kvarn_cp
         state.slope[g] = kvarn_slope(shape.max_bias, h*n_gqa + g, n_head);
     }
 
+    const char * seen = (const char *) mask->data + r0*mask->nb[1] + s%mask->ne[3]*mask->nb[3];
     const int64_t last = std::min<int64_t>((c + 1)*shape.chunk, mask->ne[0]/KVARN_G);
+    const uint8_t * next[2] = { nullptr, nullptr };
     for (int64_t i = c*shape.chunk; i < last; ++i) {
         if (map[i] == KVARN_MAP_EMPTY) {
             continue;
@@ -225,25 +227,24 @@ static void kvarn_attend_task(const ggml_compute_params * params, const kvarn_cp
         const kvarn_cpu_source k = kvarn_find_source(dst, shape, KVARN_KEY,   map[i], s, i, h);
         const kvarn_cpu_source v = kvarn_find_source(dst, shape, KVARN_VALUE, map[i], s, i, h);
 
-        kvarn_task next = task;
-        int64_t next_i  = i + 1;
-        bool has_next   = next_i < last;
+        kvarn_task follows = task;
+        int64_t next_i = i + 1;
+        bool has_next  = next_i < last;
         if (!has_next) {
             const int64_t job = ggml_threadpool_chunk_add(params->threadpool, 0);
             has_next = job < n_jobs;
-            next     = kvarn_find_task(dst, shape, n_group, job);
-            next_i   = next.c*shape.chunk;
+            follows  = kvarn_find_task(dst, shape, n_group, job);
+            next_i   = follows.c*shape.chunk;
         }
-        const uint8_t * next_k = nullptr, * next_v = nullptr;
-        if (has_next && kvarn_find_map(dst, shape, next.s)[next_i] == KVARN_MAP_SEALED) {
-            next_k = kvarn_find_source(dst, shape, KVARN_KEY,   KVARN_MAP_SEALED, next.s, next_i, next.h).tile;
-            next_v = kvarn_find_source(dst, shape, KVARN_VALUE, KVARN_MAP_SEALED, next.s, next_i, next.h).tile;
+        has_next = has_next && kvarn_find_map(dst, shape, follows.s)[next_i] == KVARN_MAP_SEALED;
+        for (int side = 0; side < 2; ++side) {
+            next[side] = !has_next ? nullptr :
+                kvarn_find_source(dst, shape, side, KVARN_MAP_SEALED, follows.s, next_i, follows.h).tile;
         }
-
-        const char * seen = (const char *) mask->data + r0*mask->nb[1] + s%mask->ne[3]*mask->nb[3];
-        kvarn_cpu_add(kernels, &state, &k, &v, next_k, next_v,
-                (const ggml_fp16_t *) seen + i*KVARN_G, mask->nb[1]/sizeof(ggml_fp16_t));
+        kvarn_cpu_add(kernels, &state, &k, &v, next[KVARN_KEY], (const ggml_fp16_t *) seen + i*KVARN_G,
+                mask->nb[1]/sizeof(ggml_fp16_t));
     }
+    kvarn_cpu_finish(kernels, &state, next[KVARN_VALUE]);
 
     for (int64_t j = 0; j < n_rows*n_gqa; ++j) {
         const int64_t row = (r0 + j/n_gqa)*n_head + h*n_gqa + j%n_gqa;

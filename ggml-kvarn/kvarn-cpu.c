@@ -84,22 +84,24 @@ static void read_mask(const uint16_t * m, float * f32, int * t0, int * t1) {
     }
 }
 
-static float mask(float slope, const float * m, float * s) {
-    float max = -INFINITY;
-    for (int t = 0; t < G; ++t) {
-        s[t] += slope*m[t];
-        max = s[t] > max ? s[t] : max;
+static void mask(int n, const float * slope, const float * m, float * s, float * max) {
+    for (int i = 0; i < n; ++i) {
+        max[i] = -INFINITY;
+        for (int t = 0; t < G; ++t) {
+            s[i*G + t] += slope[i]*m[t];
+            max[i] = s[i*G + t] > max[i] ? s[i*G + t] : max[i];
+        }
     }
-    return max;
 }
 
-static float soften(float max, float * s) {
-    float sum = 0.0f;
-    for (int t = 0; t < G; ++t) {
-        s[t] = expf(s[t] - max);
-        sum += s[t];
+static void soften(int n, const float * max, float * s, float * sum) {
+    for (int i = 0; i < n; ++i) {
+        sum[i] = 0.0f;
+        for (int t = 0; t < G; ++t) {
+            s[i*G + t] = expf(s[i*G + t] - max[i]);
+            sum[i] += s[i*G + t];
+        }
     }
-    return sum;
 }
 
 const struct kvarn_cpu_kernels * kvarn_cpu_portable(void) {
@@ -129,7 +131,7 @@ const struct kvarn_cpu_kernels * kvarn_cpu_find(const char * name) {
 
 int64_t kvarn_cpu_state_size(int DK, int DV, int n_rows, int n_gqa) {
     const int64_t n_q = (int64_t) n_rows*n_gqa;
-    return n_q*(DK + DV + G + 2) + n_gqa + (int64_t) n_rows*G + kvarn_cpu_scratch(DK > DV ? DK : DV);
+    return n_q*(DK + DV + 2*G + 2) + 3*n_gqa + (int64_t) n_rows*G + kvarn_cpu_scratch(DK > DV ? DK : DV);
 }
 
 void kvarn_cpu_start(struct kvarn_cpu_state * state, float * memory) {
@@ -138,21 +140,36 @@ void kvarn_cpu_start(struct kvarn_cpu_state * state, float * memory) {
     state->q       = memory;                // the large ones first: where memory lies on a cache line, so do they
     state->out     = state->q       + n_q*state->D[KVARN_KEY];
     state->p       = state->out     + n_q*state->D[KVARN_VALUE];
-    state->mask    = state->p       + n_q*G;
+    state->p_before = state->p      + n_q*G;
+    state->mask    = state->p_before + n_q*G;
     state->scratch = state->mask    + (int64_t) state->n_rows*G;
     state->max     = state->scratch + kvarn_cpu_scratch(D);
     state->sum     = state->max     + n_q;
     state->slope   = state->sum     + n_q;
+    state->tile_max = state->slope   + state->n_gqa;
+    state->tile_sum = state->tile_max + state->n_gqa;
     for (int64_t j = 0; j < n_q; ++j) {
         state->max[j] = -INFINITY;
         state->sum[j] = 0.0f;
     }
     memset(state->out, 0, (size_t) (n_q*state->D[KVARN_VALUE])*sizeof(float));
+    state->values = (struct kvarn_cpu_source) { 0 };
+}
+
+void kvarn_cpu_finish(const struct kvarn_cpu_kernels * kernels, struct kvarn_cpu_state * state, const uint8_t * next_v) {
+    const struct kvarn_cpu_source * v = &state->values;
+    const int DV = state->D[KVARN_VALUE], n_q = state->n_rows*state->n_gqa;
+    if (v->tile) {
+        kernels->value_tile(state->bits[KVARN_VALUE], DV, n_q, v->tile, next_v ? next_v : v->tile, state->p_before, state->out,
+                state->scratch);
+    } else if (v->rows) {
+        kernels->value_rows(DV, n_q, state->t0, state->t1, v->rows, v->stride, state->p_before, state->out, state->scratch);
+    }
+    state->values = (struct kvarn_cpu_source) { 0 };
 }
 
 void kvarn_cpu_add(const struct kvarn_cpu_kernels * kernels, struct kvarn_cpu_state * state, const struct kvarn_cpu_source * k,
-                   const struct kvarn_cpu_source * v, const uint8_t * next_k, const uint8_t * next_v,
-                   const uint16_t * mask_rows, int64_t stride) {
+                   const struct kvarn_cpu_source * v, const uint8_t * next_k, const uint16_t * mask_rows, int64_t stride) {
     const int DK  = state->D[KVARN_KEY];
     const int DV  = state->D[KVARN_VALUE];
     const int n_q = state->n_rows*state->n_gqa;
@@ -176,31 +193,36 @@ void kvarn_cpu_add(const struct kvarn_cpu_kernels * kernels, struct kvarn_cpu_st
         kernels->score_rows(DK, n_q, t0, t1, k->rows, k->stride, state->q, state->p, state->scratch);
     }
 
-    for (int j = 0; j < n_q; ++j) {
-        float * p = state->p + j*G;
-        for (int t = 0; t < G && state->softcap > 0.0f; ++t) {
+    kvarn_cpu_finish(kernels, state, v->tile);
+
+    for (int r = 0; r < state->n_rows; ++r) {
+        const int n = state->n_gqa, first = r*n;
+        float * p = state->p + first*G, * max = state->max + first, * sum = state->sum + first;
+        for (int t = 0; t < n*G && state->softcap > 0.0f; ++t) {
             p[t] = state->softcap*tanhf(p[t]);
         }
-        const float m = kernels->mask(state->slope[j % state->n_gqa], state->mask + j/state->n_gqa*G, p);
-        if (m == -INFINITY) {
-            memset(p, 0, G*sizeof(float));
-            continue;
-        }
-        if (m > state->max[j]) {
-            const float shrink = expf(state->max[j] - m);
-            for (int d = 0; d < DV; ++d) {
-                state->out[j*DV + d] *= shrink;
+        kernels->mask(n, state->slope, state->mask + r*G, p, state->tile_max);
+        for (int i = 0; i < n; ++i) {
+            if (state->tile_max[i] > max[i]) {
+                const float shrink = expf(max[i] - state->tile_max[i]);
+                for (int d = 0; d < DV; ++d) {
+                    state->out[(first + i)*DV + d] *= shrink;
+                }
+                sum[i] *= shrink;
+                max[i]  = state->tile_max[i];
             }
-            state->sum[j] *= shrink;
-            state->max[j]  = m;
+            state->tile_max[i] = max[i] > -INFINITY ? max[i] : 0.0f; // nothing seen yet: every p is exp(-inf - 0)
         }
-        state->sum[j] += kernels->soften(state->max[j], p);
+        kernels->soften(n, state->tile_max, p, state->tile_sum);
+        for (int i = 0; i < n; ++i) {
+            sum[i] += state->tile_sum[i];
+        }
     }
 
-    if (v->tile) {
-        kernels->value_tile(state->bits[KVARN_VALUE], DV, n_q, v->tile, next_v ? next_v : v->tile, state->p, state->out,
-                state->scratch);
-    } else {
-        kernels->value_rows(DV, n_q, t0, t1, v->rows, v->stride, state->p, state->out, state->scratch);
-    }
+    float * p = state->p;
+    state->p        = state->p_before;
+    state->p_before = p;
+    state->values   = *v;
+    state->t0       = t0;
+    state->t1       = t1;
 }

@@ -32,11 +32,11 @@ struct kvarn_cpu_kernels {
     // f16 to f32 for all G rows; widens [*t0, *t1) so that it holds every row that is not -inf
     void (*read_mask)(const uint16_t * mask, float * f32, int * t0, int * t1);
 
-    // s[t] += slope*mask[t] for all G rows; returns their maximum
-    float (*mask)(float slope, const float * mask, float * s);
+    // s[i][t] += slope[i]*mask[t], t < G, of n vectors; max[i]: the largest
+    void (*mask)(int n, const float * slope, const float * mask, float * s, float * max);
 
-    // s[t] = exp(s[t] - max) for all G rows; returns their sum
-    float (*soften)(float max, float * s);
+    // s[i][t] = exp(s[i][t] - max[i]), t < G, of n vectors; sum[i]: their sum
+    void (*soften)(int n, const float * max, float * s, float * sum);
 
     // o[i][d] += sum_t p[i][t]*x[t][d], p >= 0
     void (*value_tile)(int bits, int D, int n_q, const uint8_t * tile, const uint8_t * next, const float * p, float * o,
@@ -78,9 +78,15 @@ struct kvarn_cpu_state {
     float * q;             // [n_q][D[0]], times the factor of the scores
     float * slope;         // [n_gqa], what the mask is multiplied by
     float * max, * sum;    // [n_q]
+    float * tile_max, * tile_sum; // [n_gqa], of one tile and query row
     float * out;           // [n_q][D[1]]
-    float * p, * mask;     // [n_q][G], [n_rows][G]
+    float * p, * p_before; // [n_q][G], of the tile that is being added and of the one before it
+    float * mask;          // [n_rows][G]
     float * scratch;       // kvarn_cpu_scratch() of the larger D
+    // The values of a tile are added one tile later, beside the softmax of the next one: neither waits for the other, so a
+    // processor that looks far enough ahead computes both at once.
+    struct kvarn_cpu_source values; // neither tile nor rows: there are none
+    int     t0, t1;                 // their tokens that some query row sees
 };
 
 // floats of memory that kvarn_cpu_start shares out among the state's pointers
@@ -89,12 +95,15 @@ int64_t kvarn_cpu_state_size(int DK, int DV, int n_rows, int n_gqa);
 // sets the pointers and forgets all tiles; bits, D, n_rows and n_gqa are set by the caller, q and slope afterwards
 void kvarn_cpu_start(struct kvarn_cpu_state * state, float * memory);
 
-// Adds one tile.
-//   next_k, next_v  tiles that will be added next, as a hint; NULL if there are none
-//   mask            f16 [n_rows][G], rows stride elements apart
+// Adds one tile; its values are read when the next tile is added, or by kvarn_cpu_finish.
+//   next_k  the tile of keys that will be added next, as a hint; NULL if there is none
+//   mask    f16 [n_rows][G], rows stride elements apart
 void kvarn_cpu_add(const struct kvarn_cpu_kernels * kernels, struct kvarn_cpu_state * state, const struct kvarn_cpu_source * k,
-                   const struct kvarn_cpu_source * v, const uint8_t * next_k, const uint8_t * next_v, const uint16_t * mask,
-                   int64_t stride);
+                   const struct kvarn_cpu_source * v, const uint8_t * next_k, const uint16_t * mask, int64_t stride);
+
+// Adds the last tile's values: after it, and not before, out and sum are those of all tiles.
+//   next_v  the tile of values that will be read next, as a hint; NULL if there is none
+void kvarn_cpu_finish(const struct kvarn_cpu_kernels * kernels, struct kvarn_cpu_state * state, const uint8_t * next_v);
 
 #ifdef __cplusplus
 }

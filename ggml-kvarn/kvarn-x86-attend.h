@@ -28,14 +28,16 @@ V_FN void fold_tile(const int side, const int fast, const int bits, const int nv
     const int n_r      = side == KVARN_KEY ? D : G;
     const int X        = bits == 3 ? F/8 : F*bits/8;
     const int row_size = bits == 3 ? 12*X : 4*X;
-    for (int pass = 0; pass < (bits == 3 ? 4 : 4/bits); ++pass) {
-        for (int x = 0; x < X; x += W) {
+    const int n_pass   = bits == 3 ? 4 : 4/bits;
+    const uint8_t * ahead = next;
+    for (int x = 0; x < X; x += W) {
+        struct slots others;
+        EACH(pass, n_pass) {
             const int plane = bits == 3 && pass < 3 ? 4*pass*X : 0;
-            const int is_new_line = x % 16 == 0 && (pass == 0 || (bits == 3 && pass < 3));
-            const uint8_t * ahead = (is_new_line ? next : tile) + plane + 4*x;
             vec   acc[NV][2];
             float factor[2];
-            dot_codes(side, fast, bits, pass, nv, n_r, tile + plane + 4*x, row_size, X, ahead, vectors, acc, factor);
+            dot_codes(side, fast, bits, pass, nv, n_r, tile + plane + 4*x, row_size, X, ahead, vectors, &others, acc, factor);
+            ahead += (n_r + 15)/16*N_FETCH(bits)*64;
             EACH(j, 2) {
                 const int f = (2*pass + j)*X + x;
                 const vec token = side == KVARN_KEY   ? v_load_f16(tile + kvarn_token_off(D, bits) + 2*f) : v_set(0.0f);
@@ -299,36 +301,62 @@ V_TARGET static void read_mask(const uint16_t * m, float * f32, int * t0, int * 
     *t1 = last >= *t1 ? last + 1 : *t1;
 }
 
-V_TARGET static float mask(float slope, const float * m, float * s) {
-    const vec v = v_set(slope);
-    vec max = v_set(-INFINITY);
-    for (int t = 0; t < G; t += W) {
-        const vec x = v_fma(v, v_load(m + t), v_load(s + t));
-        v_store(s + t, x);
-        max = v_max(max, x);
-    }
-    return max_of(max);
+// the first n floats of x, n <= NV
+V_FN void store_few(int n, float * p, __m128 x) {
+    float all[NV];
+    _mm_storeu_ps(all, x);
+    memcpy(p, all, (size_t) n*sizeof(float));
 }
 
-// exp(x), x <= 0, relative error below 3e-6; 0 below -87
-V_FN vec exp_of(vec x) {
-    const vec round = v_set(12582912.0f); // 1.5*2^23: what is added to it becomes an integer, in the lowest bits
-    const vec place = v_fma(x, v_set(1.44269504f), round);
-    const vec r     = v_fma(place - round, v_set(-0.693147182f), x);
-    vec y = v_fma(v_set(0.0414583981f), r, v_set(0.167910308f));
-    y = v_fma(y, r, v_set(0.500043690f));
-    y = v_fma(y, r, v_set(0.999963343f));
-    y = v_fma(y, r, v_set(0.999999285f));
-    return v_above(x, v_set(-87.0f), v_add_exponent(y, place));
+V_FN void mask_few(const int n, const float * slope, const float * m, float * s, float * max) {
+    vec most[NV];
+    EACH(i, NV) {
+        most[i] = v_set(-INFINITY);
+    }
+    for (int t = 0; t < G; t += W) {
+        const vec mt = v_load(m + t);
+        EACH(i, n) {
+            const vec x = v_fma(v_set(slope[i]), mt, v_load(s + i*G + t));
+            v_store(s + i*G + t, x);
+            most[i] = v_max(most[i], x);
+        }
+    }
+    store_few(n, max, v_max4(most));
 }
 
-V_TARGET static float soften(float max, float * s) {
-    const vec m = v_set(max);
-    vec sum = v_set(0.0f);
-    for (int t = 0; t < G; t += W) {
-        const vec p = exp_of(v_load(s + t) - m);
-        v_store(s + t, p);
-        sum = sum + p;
+V_FN void soften_few(const int n, const float * max, float * s, float * sum) {
+    vec all[NV];
+    EACH(i, NV) {
+        all[i] = v_set(0.0f);
     }
-    return sum_of(sum);
+    for (int t = 0; t < G; t += W) {
+        EACH(i, n) {
+            const vec p = v_exp(v_load(s + i*G + t) - v_set(max[i]));
+            v_store(s + i*G + t, p);
+            all[i] = all[i] + p;
+        }
+    }
+    store_few(n, sum, v_sum4(all));
+}
+
+V_TARGET static void mask(int n, const float * slope, const float * m, float * s, float * max) {
+    for (int i = 0; i < n; i += NV) {
+        switch (n - i) {
+            case 1:  mask_few(1, slope + i, m, s + i*G, max + i); break;
+            case 2:  mask_few(2, slope + i, m, s + i*G, max + i); break;
+            case 3:  mask_few(3, slope + i, m, s + i*G, max + i); break;
+            default: mask_few(4, slope + i, m, s + i*G, max + i); break;
+        }
+    }
+}
+
+V_TARGET static void soften(int n, const float * max, float * s, float * sum) {
+    for (int i = 0; i < n; i += NV) {
+        switch (n - i) {
+            case 1:  soften_few(1, max + i, s + i*G, sum + i); break;
+            case 2:  soften_few(2, max + i, s + i*G, sum + i); break;
+            case 3:  soften_few(3, max + i, s + i*G, sum + i); break;
+            default: soften_few(4, max + i, s + i*G, sum + i); break;
+        }
+    }
 }

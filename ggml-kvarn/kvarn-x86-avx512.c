@@ -41,15 +41,17 @@ V_FN void v_store_first(int n, float * p, vec v)      { _mm512_mask_storeu_ps(p,
 // one bit per lane
 V_FN unsigned v_differs(vec a, vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ); }
 
-// y*2^n, n the lowest bits of place
-V_FN vec v_add_exponent(vec y, vec place) {
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(y), _mm512_slli_epi32(_mm512_castps_si512(place), 23)));
+// exp(x), x <= 0, relative error below 3e-6; 0 below -87. With t = x/log(2): 2^(t - floor(t)), a polynomial, times 2^floor(t)
+V_FN vec v_exp(vec x) {
+    const vec t = x*v_set(1.44269504f), r = _mm512_reduce_ps(t, 9); // 9: t - floor(t)
+    vec y = v_fma(v_set(0.0135341678f), r, v_set(0.0520114601f));
+    y = v_fma(y, r, v_set(0.241442755f));
+    y = v_fma(y, r, v_set(0.693003833f));
+    y = v_fma(y, r, v_set(1.00000262f));
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, v_set(-87.0f), _CMP_GT_OQ), y, t);
 }
 
-// sums and maxima of one vector, of four vectors
-V_FN float sum_of(vec v) { return _mm512_reduce_add_ps(v); }
-V_FN float max_of(vec v) { return _mm512_reduce_max_ps(v); }
-
+// sums and maxima of four vectors
 #define OF_FOUR(name, op)                                                                                              \
     V_FN __m128 name(const vec v[4]) {                                                                                 \
         const vec a = op(_mm512_shuffle_f32x4(v[0], v[1], 0x44), _mm512_shuffle_f32x4(v[0], v[1], 0xee));              \
@@ -120,11 +122,20 @@ V_FN __m512i load_words(const int bits, const int pass, const uint8_t * row, int
 // sum += a*b, in assembly so that it stays in its register: with intrinsics compilers copy every second sum around.
 #define ADD_PRODUCTS(sum, a, b) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b))
 
+// what a pass leaves for the next one: the sums of its slots, in place
+struct slots {
+    __m512i sum[NV][2];
+};
+
 // acc[v][slot]*factor[slot] = sums of products of nv vectors with the codes of W words and the two slots of a pass
 V_FN void dot_codes(const int side, const int fast, const int bits, const int pass, const int nv, int n_r, const uint8_t * at,
-                    int row_size, int X, const uint8_t * ahead, const int32_t * vectors, vec acc[NV][2], float factor[2]) {
+                    int row_size, int X, const uint8_t * ahead, const int32_t * vectors, struct slots * others, vec acc[NV][2],
+                    float factor[2]) {
     const int n_digits   = fast ? 1 : 2;
     const int is_swapped = fast && side == KVARN_VALUE; // the vector is the unsigned operand, a code must not reach bit 7
+    // The last slot of a word needs no mask: the whole word's sum minus the sums of its other slots. Where a word has four slots,
+    // the first pass leaves its sums for the second.
+    const int is_left = !fast && bits != 3 && pass == 4/bits - 1;
     int place[2], down[2];
     __m512i mask[2];
     places_of(bits, pass, place);
@@ -139,25 +150,38 @@ V_FN void dot_codes(const int side, const int fast, const int bits, const int pa
             sum[v][i][0] = sum[v][i][1] = _mm512_setzero_si512();
         }
     }
-    for (int R = 0; R < n_r/4; ++R) {
-        const __m512i z  = load_words(bits, pass, at + R*row_size, X);
-        const __m512i c0 = _mm512_and_si512(down[0] ? _mm512_srli_epi16(z, (unsigned) down[0]) : z, mask[0]);
-        const __m512i c1 = _mm512_and_si512(down[1] ? _mm512_srli_epi16(z, (unsigned) down[1]) : z, mask[1]);
-        _mm_prefetch((const char *) ahead + R*row_size, _MM_HINT_T1);
-        EACH(v, nv) {
-            EACH(i, n_digits) {
-                const __m512i b = _mm512_set1_epi32(vectors[(v*n_digits + i)*(n_r/4) + R]);
-                if (is_swapped) {
-                    ADD_PRODUCTS(sum[v][i][0], b, c0);
-                    ADD_PRODUCTS(sum[v][i][1], b, c1);
-                } else {
-                    ADD_PRODUCTS(sum[v][i][0], c0, b);
-                    ADD_PRODUCTS(sum[v][i][1], c1, b);
+    for (int R4 = 0; R4 < n_r/4; R4 += 4) {
+        fetch(N_FETCH(bits), R4, ahead);
+        EACH(u, 4) {
+            const int R = R4 + u;
+            const __m512i z  = load_words(bits, pass, at + R*row_size, X);
+            const __m512i c0 = _mm512_and_si512(down[0] ? _mm512_srli_epi16(z, (unsigned) down[0]) : z, mask[0]);
+            const __m512i c1 = is_left ? z : _mm512_and_si512(down[1] ? _mm512_srli_epi16(z, (unsigned) down[1]) : z, mask[1]);
+            EACH(v, nv) {
+                EACH(i, n_digits) {
+                    const __m512i b = _mm512_set1_epi32(vectors[(v*n_digits + i)*(n_r/4) + R]);
+                    if (is_swapped) {
+                        ADD_PRODUCTS(sum[v][i][0], b, c0);
+                        ADD_PRODUCTS(sum[v][i][1], b, c1);
+                    } else {
+                        ADD_PRODUCTS(sum[v][i][0], c0, b);
+                        ADD_PRODUCTS(sum[v][i][1], c1, b);
+                    }
                 }
             }
         }
     }
     EACH(v, nv) {
+        EACH(i, n_digits) {
+            if (is_left) {
+                sum[v][i][1] = _mm512_sub_epi32(sum[v][i][1], sum[v][i][0]);
+                if (pass > 0) {
+                    sum[v][i][1] = _mm512_sub_epi32(sum[v][i][1], others->sum[v][i]);
+                }
+            } else {
+                others->sum[v][i] = _mm512_add_epi32(sum[v][i][0], sum[v][i][1]);
+            }
+        }
         EACH(j, 2) {
             acc[v][j] = _mm512_cvtepi32_ps(sum[v][0][j]);
             if (!fast) {

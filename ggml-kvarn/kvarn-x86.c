@@ -49,24 +49,20 @@ V_FN void v_store_first(int n, float * p, vec v) {
 // one bit per lane
 V_FN unsigned v_differs(vec a, vec b) { return (unsigned) _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ)); }
 
-// y*2^n, n the lowest bits of place
-V_FN vec v_add_exponent(vec y, vec place) {
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), _mm256_slli_epi32(_mm256_castps_si256(place), 23)));
+// exp(x), x <= 0, relative error below 3e-6; 0 below -87
+V_FN vec v_exp(vec x) {
+    const vec round = v_set(12582912.0f); // 1.5*2^23: what is added to it becomes an integer, in the lowest bits
+    const vec place = v_fma(x, v_set(1.44269504f), round);
+    const vec r     = v_fma(place - round, v_set(-0.693147182f), x);
+    vec y = v_fma(v_set(0.0414583981f), r, v_set(0.167910308f));
+    y = v_fma(y, r, v_set(0.500043690f));
+    y = v_fma(y, r, v_set(0.999963343f));
+    y = v_fma(y, r, v_set(0.999999285f));
+    const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(place), 23); // y*2^n
+    return v_above(x, v_set(-87.0f), _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), n)));
 }
 
-// sums and maxima of one vector, of four vectors
-V_FN float sum_of(vec v) {
-    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
-}
-
-V_FN float max_of(vec v) {
-    __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
-    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
-}
-
+// sums and maxima of four vectors
 #define OF_FOUR(name, op)                                                                                       \
     V_FN __m128 name(const vec v[4]) {                                                                          \
         const vec a = op(_mm256_permute2f128_ps(v[0], v[1], 0x20), _mm256_permute2f128_ps(v[0], v[1], 0x31));   \
@@ -114,13 +110,10 @@ V_FN void masks_of(const int bits, const int pass, int mask[2], float factor[2])
     }
 }
 
-// Eight words with the two slots of a pass: those of the tile, or with 3 bits in the last pass what the planes leave over:
+// Eight words of the last pass of 3 bits: what the planes leave over,
 //   bits 7..5 = A7 A6 B7 (slot 6), bits 4..2 = B6 C7 C6 (slot 7)
-V_FN __m256i load_words(const int bits, const int pass, const uint8_t * row, int X) {
+V_FN __m256i load_rest(const uint8_t * row, int X) {
     const __m256i a = _mm256_loadu_si256((const __m256i *) row);
-    if (bits != 3 || pass < 3) {
-        return a;
-    }
     const __m256i b = _mm256_loadu_si256((const __m256i *) (row + 4*X));
     const __m256i c = _mm256_loadu_si256((const __m256i *) (row + 8*X));
     return _mm256_or_si256(_mm256_and_si256(a, _mm256_set1_epi8((char) 0xc0)),
@@ -128,13 +121,17 @@ V_FN __m256i load_words(const int bits, const int pass, const uint8_t * row, int
                            _mm256_and_si256(_mm256_srli_epi32(c, 4), _mm256_set1_epi8(0x0c))));
 }
 
+// c = the words at p, masked. In assembly: a load of its own would be one more instruction for the vector units, which take four
+// per cycle and have nothing else to wait for.
+#define MASK_WORDS(c, p, mask) __asm__("vpand %2, %1, %0" : "=x"(c) : "x"(mask), "m"(*(const __m256i_u *) (p)))
+
 // a0 += c0*v and a1 += c1*v for one dword v of a vector. In assembly, because the loops around it need all 16 registers:
 // compilers load ahead and give sums new registers until half of the accumulators live in memory.
 //   multiply, add   vpmaddwd and vpaddd, or vpmaddubsw (its unsigned operand is the second of three in this syntax) and vpaddw
 #define ADD_PRODUCTS(multiply, add, a0, a1, c0, c1, v)                                                              \
     do {                                                                                                            \
         __m256i b_, t_;                                                                                             \
-        __asm__("vpbroadcastd %6, %2\n\t" multiply(%2, %4, %3) add " %3, %0, %0\n\t" multiply(%2, %5, %2)           \
+        __asm__("vpbroadcastd %6, %2\n\t" multiply(%2, %4, %3) multiply(%2, %5, %2) add " %3, %0, %0\n\t"           \
                 add " %2, %1, %1" : "+x"(a0), "+x"(a1), "=&x"(b_), "=&x"(t_) : "x"(c0), "x"(c1), "m"(v));           \
     } while (0)
 #define WORDS(v, c, to)         "vpmaddwd "   #v ", " #c ", " #to "\n\t"
@@ -145,6 +142,7 @@ V_FN __m256i load_words(const int bits, const int pass, const uint8_t * row, int
 // indices of one free one. 16 bits: bytes 0 and 2, then bytes 1 and 3 are multiplied as 16-bit numbers and added in pairs.
 V_FN void dot_words(const int bits, const int pass, const int nv, int n_r, const uint8_t * at, int row_size, int X,
                     const uint8_t * ahead, const int32_t * vectors, __m256i acc[NV][2]) {
+    const int is_rest = bits == 3 && pass == 3;
     int mask[2];
     float factor[2];
     masks_of(bits, pass, mask, factor);
@@ -155,18 +153,22 @@ V_FN void dot_words(const int bits, const int pass, const int nv, int n_r, const
         sum[v][0] = sum[v][1] = _mm256_setzero_si256();
     }
     for (int R = 0; R < n_r/4; ++R) {
-        _mm_prefetch((const char *) ahead + R*row_size, _MM_HINT_T1);
-        const __m256i even = load_words(bits, pass, at + R*row_size, X);
-        const __m256i e0 = _mm256_and_si256(even, m0);
-        const __m256i e1 = _mm256_and_si256(even, m1);
-        EACH(v, nv) {
-            ADD_PRODUCTS(WORDS, "vpaddd", sum[v][0], sum[v][1], e0, e1, vectors[v*n_r/2 + 2*R]);
-        }
-        const __m256i odd = _mm256_srli_epi16(even, 8);
-        const __m256i o0  = _mm256_and_si256(odd, m0);
-        const __m256i o1  = _mm256_and_si256(odd, m1);
-        EACH(v, nv) {
-            ADD_PRODUCTS(WORDS, "vpaddd", sum[v][0], sum[v][1], o0, o1, vectors[v*n_r/2 + 2*R + 1]);
+        const uint8_t * row = at + R*row_size;
+        __m256i c0, c1;
+        fetch(N_FETCH(bits), R, ahead);
+        const __m256i rest = is_rest ? load_rest(row, X) : m0;
+        EACH(odd, 2) {
+            if (is_rest) {
+                const __m256i z = odd ? _mm256_srli_epi16(rest, 8) : rest;
+                c0 = _mm256_and_si256(z, m0);
+                c1 = _mm256_and_si256(z, m1);
+            } else { // the odd bytes lie where the even ones are, seen from the next byte
+                MASK_WORDS(c0, row + odd, m0);
+                MASK_WORDS(c1, row + odd, m1);
+            }
+            EACH(v, nv) {
+                ADD_PRODUCTS(WORDS, "vpaddd", sum[v][0], sum[v][1], c0, c1, vectors[v*n_r/2 + 2*R + odd]);
+            }
         }
     }
     EACH(v, nv) {
@@ -193,8 +195,9 @@ V_FN void dot_bytes(const int side, const int bits, const int pass, const int nv
             part[v][0] = part[v][1] = _mm256_setzero_si256();
         }
         for (int R = R0; R < R1; ++R) {
-            _mm_prefetch((const char *) ahead + R*row_size, _MM_HINT_T1);
-            const __m256i z  = load_words(bits, pass, at + R*row_size, X);
+            const uint8_t * row = at + R*row_size;
+            fetch(N_FETCH(bits), R, ahead);
+            const __m256i z  = bits == 3 && pass == 3 ? load_rest(row, X) : _mm256_loadu_si256((const __m256i *) row);
             const __m256i c0 = _mm256_and_si256(place[0] ? _mm256_srli_epi16(z, place[0]) : z, m);
             const __m256i c1 = _mm256_and_si256(_mm256_srli_epi16(z, place[1]), m);
             EACH(v, nv) {
@@ -212,9 +215,16 @@ V_FN void dot_bytes(const int side, const int bits, const int pass, const int nv
     }
 }
 
+// what a pass leaves for the next one: nothing here
+struct slots {
+    int none;
+};
+
 // acc[v][slot]*factor[slot] = sums of products of nv vectors with the codes of W words and the two slots of a pass
 V_FN void dot_codes(const int side, const int fast, const int bits, const int pass, const int nv, int n_r, const uint8_t * at,
-                    int row_size, int X, const uint8_t * ahead, const int32_t * vectors, vec acc[NV][2], float factor[2]) {
+                    int row_size, int X, const uint8_t * ahead, const int32_t * vectors, struct slots * others, vec acc[NV][2],
+                    float factor[2]) {
+    (void) others;
     int mask[2];
     __m256i sum[NV][2];
     masks_of(bits, pass, mask, factor);

@@ -34,6 +34,18 @@ static inline __attribute__((always_inline)) void places_of(const int bits, cons
     place[1] = bits == 2 ? 4*pass + 2 : bits == 4 ? 4 : pass < 3 ? 3 : 2;
 }
 
+// The next tile is asked for while this one is multiplied: row R of a strip asks for N_FETCH lines behind `ahead` in every fourth
+// round, all strips of a tile together for all its lines. More often, and the loop is slower than without.
+#define N_FETCH(bits) (W/8*((bits) == 2 ? 1 : 2))
+
+static inline __attribute__((always_inline)) void fetch(const int n_lines, int R, const uint8_t * ahead) {
+    if (R % 4 == 0) {
+        EACH(j, n_lines) {
+            _mm_prefetch((const char *) ahead + (R/4*n_lines + j)*64, _MM_HINT_T1);
+        }
+    }
+}
+
 #endif
 
 #endif

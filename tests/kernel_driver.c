@@ -144,8 +144,9 @@ static void attend(const struct request * r, struct job * job) {
     for (int i = 0; i < n_tiles; ++i) {
         const struct kvarn_cpu_source * k = &r->source[0][i], * v = &r->source[1][i];
         const int has_next = i + 1 < n_tiles;
-        kvarn_cpu_add(kernels, &state, k, v, has_next ? k[1].tile : NULL, has_next ? v[1].tile : NULL, r->mask + i*G, n_tiles*G);
+        kvarn_cpu_add(kernels, &state, k, v, has_next ? k[1].tile : NULL, r->mask + i*G, n_tiles*G);
     }
+    kvarn_cpu_finish(kernels, &state, NULL);
     job->size = (size_t) (n_q*a[3])*sizeof(float);
     float * out = job->answer = block(job->size);
     for (int i = 0; i < n_q*a[3]; ++i) {

@@ -199,8 +199,9 @@ struct attention {
     void add(const tiles & k, const tiles & v, int i) {
         const kvarn_cpu_source ks = { k.at(i), nullptr, 0 }, vs = { v.at(i), nullptr, 0 };
         const int next = i + 1 < k.n ? i + 1 : 0;
-        kvarn_cpu_add(kernels, &state, &ks, &vs, k.at(next), v.at(next), mask.data(), G);
+        kvarn_cpu_add(kernels, &state, &ks, &vs, k.at(next), mask.data(), G);
     }
+    void finish() { kvarn_cpu_finish(kernels, &state, nullptr); }
 };
 
 static double rms_of(const tiles & k) {
@@ -223,6 +224,7 @@ static double error_of(const kvarn_cpu_kernels * kernels, int bits_k, int bits_v
             std::vector<float> want(n_q*D);
             kvarn_attend_ref(bits_k, bits_v, D, n_q, k.n, a.state.q, k.at(0), v.at(0), 1.0f, want.data());
             for (int i = 0; i < k.n; ++i) { a.add(k, v, i); }
+            a.finish();
             double err = 0, all = 0;
             for (int i = 0; i < n_q*D; ++i) {
                 err += std::pow(a.state.out[i]/a.state.sum[i/D] - want[i], 2);
