@@ -151,8 +151,10 @@ def main() -> int:
         path = args.file or f"{folder}/{args.model}.gguf"
         if not os.path.exists(path):
             write_model(path, args.model)
-        for _ in range(args.rounds):
-            for cache in args.caches.split(","):
+        caches = args.caches.split(",")
+        for turn in range(args.rounds):
+            first_one = turn % len(caches)  # on a host that drifts none is always the last
+            for cache in caches[first_one:] + caches[:first_one]:
                 keys, _, values = cache.partition("/")
                 try:
                     found = bench(args, path, keys, values or keys, tests, args.depths)
