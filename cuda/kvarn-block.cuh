@@ -30,43 +30,8 @@ static __device__ __forceinline__ float kvarn_block_max(float v, float * scratch
     return v;
 }
 
-// the sum and the difference number `at` of those that the step over n of a Hadamard transform makes
-static __device__ __forceinline__ void kvarn_butterfly(float * x, int at, int n) {
-    const int i = (at & ~(n - 1))*2 | (at & (n - 1));
-    const float a = x[i], b = x[i + n];
-    x[i]     = a + b;
-    x[i + n] = a - b;
-}
-
-// Transforms each n_rot of D values in place, x on 16 bytes; one warp. Returns what they have to be multiplied with. n_rot 0:
-// leaves them alone. The usual 128 go through registers with the same sums and differences: four in a row per lane, then between
-// lanes.
-static __device__ __forceinline__ float kvarn_hadamard(float * x, int D, int n_rot, int lane) {
-    if (D == 128 && n_rot == 128) {
-        float4 v = ((const float4 *) x)[lane];
-        v = make_float4(v.x + v.y, v.x - v.y, v.z + v.w, v.z - v.w);
-        v = make_float4(v.x + v.z, v.y + v.w, v.x - v.z, v.y - v.w);
-        for (int n = 1; n < 32; n *= 2) {
-            const float sign = lane & n ? -1.0f : 1.0f;
-            v.x = __shfl_xor_sync(0xffffffff, v.x, n) + sign*v.x;
-            v.y = __shfl_xor_sync(0xffffffff, v.y, n) + sign*v.y;
-            v.z = __shfl_xor_sync(0xffffffff, v.z, n) + sign*v.z;
-            v.w = __shfl_xor_sync(0xffffffff, v.w, n) + sign*v.w;
-        }
-        ((float4 *) x)[lane] = v;
-        __syncwarp();
-        return 1.0f/sqrtf(128.0f);
-    }
-    for (int n = 1; n < n_rot; n *= 2) {
-        for (int at = lane; at < D/2; at += 32) {
-            kvarn_butterfly(x, at, n);
-        }
-        __syncwarp();
-    }
-    return n_rot ? 1.0f/sqrtf((float) n_rot) : 1.0f;
-}
-
-// The same in registers of one warp, finished: lane l has values l, l + 32, .. of D, R of them or fewer
+// A Hadamard transform of each n_rot values of one warp, in registers: lane l has values l, l + 32, .., R of them; n_rot 0:
+// none. Sums and differences over 1, 2, 4 .. values, then a factor
 template <int R>
 static __device__ __forceinline__ void kvarn_hadamard_lanes(float (&x)[R], int n_rot, int lane) {
     static_assert((R & (R - 1)) == 0, "steps between registers");

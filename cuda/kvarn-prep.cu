@@ -2,8 +2,8 @@
 //
 // SPDX-License-Identifier: MIT
 //
-//   warp   one head of a token's keys, values or queries: turned by its position, a Hadamard transform of n_rot channels in
-//          shared memory, then to the tail or to where ATTN reads queries
+//   warp   one head of a token's keys, values or queries: turned by its position, in shared memory, since pairs may be apart;
+//          a Hadamard transform of n_rot channels, in registers; then to the tail or to where ATTN reads queries
 // Bound by the latency of one launch, which is why it is one: turning, rotating and storing apart are seven. Positions and rows
 // are inputs, asked for before the kernel before has ended; angles are worked out while the vector is on its way.
 
@@ -15,7 +15,6 @@
 #include "kvarn-mma.cuh"
 
 #define N_WARPS 4
-#define PAIRS   (KVARN_D_MAX/64) // of a lane, at most
 
 // cosine and sine for pair `at` of a token, both times the factor for attention
 static __device__ __forceinline__ float2 kvarn_turn(const kvarn_rope & r, int at, float pos) {
@@ -30,8 +29,10 @@ static __device__ __forceinline__ float2 kvarn_turn(const kvarn_rope & r, int at
     return make_float2(cosf(theta)*scale, sinf(theta)*scale);
 }
 
+// R: channels per lane, at most
+template <int R>
 static __global__ void __launch_bounds__(32*N_WARPS) kvarn_prep_kernel(const kvarn_prep_args a) {
-    __shared__ __align__(16) float vectors[N_WARPS][KVARN_D_MAX];
+    __shared__ float vectors[N_WARPS][32*R];
 
     const int warp = threadIdx.x/32, lane = threadIdx.x % 32;
     float * y = vectors[warp];
@@ -55,16 +56,16 @@ static __global__ void __launch_bounds__(32*N_WARPS) kvarn_prep_kernel(const kva
     const float * x = p.x + token*p.x_token + h*p.x_head;
     const auto first  = [&](int at) { return a.rope.is_neox && at < n_turned ? at : 2*at; };
     const auto second = [&](int at) { return a.rope.is_neox && at < n_turned ? at + n_turned : 2*at + 1; };
-    float2 v[PAIRS];
+    float2 v[R/2];
 #pragma unroll
-    for (int k = 0; k < PAIRS; ++k) {
+    for (int k = 0; k < R/2; ++k) {
         const int at = lane + 32*k;
         if (at < p.D/2) {
             v[k] = make_float2(x[first(at)], x[second(at)]);
         }
     }
 #pragma unroll
-    for (int k = 0; k < PAIRS; ++k) {
+    for (int k = 0; k < R/2; ++k) {
         const int at = lane + 32*k;
         if (at < p.D/2) {
             const float2 t = at < n_turned ? kvarn_turn(a.rope, at, pos) : make_float2(1.0f, 0.0f);
@@ -73,29 +74,42 @@ static __global__ void __launch_bounds__(32*N_WARPS) kvarn_prep_kernel(const kva
         }
     }
     __syncwarp();
-    const float scale = kvarn_hadamard(y, p.D, p.n_rot, lane);
-    for (int d = 2*lane; d < p.D; d += 64) {
-        const float v = y[d]*scale, w = y[d + 1]*scale;
-        const int64_t at = (row*p.H + h)*p.D + d;
-        if (p.tail) {
-            *(half2 *) (p.tail + at) = __floats2half2_rn(v, w);
-        } else {
-            *(float2 *) (p.out + at) = make_float2(v, w);
+    float z[R];
+#pragma unroll
+    for (int k = 0; k < R; ++k) {
+        z[k] = 32*k + lane < p.D ? y[32*k + lane] : 0.0f;
+    }
+    kvarn_hadamard_lanes<R>(z, p.n_rot, lane);
+    const int64_t at = (row*p.H + h)*p.D + lane;
+#pragma unroll
+    for (int k = 0; k < R; ++k) {
+        if (32*k + lane < p.D) {
+            if (p.tail) {
+                p.tail[at + 32*k] = __float2half_rn(z[k]);
+            } else {
+                p.out[at + 32*k] = z[k];
+            }
         }
     }
 }
 
+template <int R>
+static cudaError_t kvarn_prep_start(const kvarn_prep_args & a, int n_blocks, cudaStream_t stream, bool is_behind) {
+    if (is_behind) {
+        return kvarn_launch_behind(kvarn_prep_kernel<R>, dim3(n_blocks), 32*N_WARPS, 0, stream, a);
+    }
+    KVARN_LAUNCH(kvarn_prep_kernel<R>, n_blocks, 32*N_WARPS, 0, stream, a);
+    return cudaGetLastError();
+}
+
 cudaError_t kvarn_prep(const kvarn_prep_args & a, cudaStream_t stream, bool is_behind) {
-    int n_vectors = 0;
+    int n_vectors = 0, D = 0;
     for (const kvarn_prep_part & p : a.part) {
         n_vectors += a.n_tokens*p.H;
+        D = p.H > 0 && p.D > D ? p.D : D;
     }
-    const int n_blocks = (n_vectors + N_WARPS - 1)/N_WARPS;
-    if (is_behind) {
-        return kvarn_launch_behind(kvarn_prep_kernel, dim3(n_blocks), 32*N_WARPS, 0, stream, a);
-    }
-    KVARN_LAUNCH(kvarn_prep_kernel, n_blocks, 32*N_WARPS, 0, stream, a);
-    return cudaGetLastError();
+    const auto start = D <= 128 ? kvarn_prep_start<4> : D <= 256 ? kvarn_prep_start<8> : kvarn_prep_start<KVARN_D_MAX/32>;
+    return start(a, (n_vectors + N_WARPS - 1)/N_WARPS, stream, is_behind);
 }
 
 #endif
