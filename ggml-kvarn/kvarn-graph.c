@@ -110,16 +110,18 @@ struct ggml_tensor * ggml_kvarn_get(
 // The CPU unpacks a tile while it multiplies: there is no number of rows from which GET would be faster.
 #define ATTN_ROWS_MAX 16
 
-// tiles of a partial result, at least: enough work to be worth a task
-#define CHUNK_MIN 4
-
-// partial results per KV head and stream, at most: several tasks for every thread; with many rows these are tasks enough
-#define CHUNKS_MAX 32
+// On the CPU: tiles of a partial result, at least, and partial results per KV head and stream, at most. Several tasks for every
+// thread, whatever their number, since results do not depend on it; but each task that begins or ends costs what half a tile does.
+// With many rows these are tasks enough.
+#define CHUNK_MIN  8
+#define CHUNKS_MAX 16
 
 // A device shares the tiles out over all its multiprocessors: as many partial results per layer, and some for the tiles that are not
 // sealed. Which of them it uses is its own affair; what it does not use, REDUCE does not read.
-#define CHUNKS_DEVICE 512
-#define CHUNKS_OPEN   4
+#define CHUNK_MIN_DEVICE 4
+#define CHUNKS_DEVICE    512 // of all heads and streams, but not fewer than the next
+#define CHUNKS_HEAD      32
+#define CHUNKS_OPEN      4
 
 static_assert(sizeof(int32_t) + sizeof(struct kvarn_attn_shape) <= GGML_MAX_OP_PARAMS, "op_params too small for KVARN");
 
@@ -239,8 +241,9 @@ struct ggml_tensor * ggml_kvarn_attn(
 
     const int64_t n_used   = k->ne[1]/KVARN_G;
     const bool    is_host  = kvarn_is_host(any->src[2]);
-    const int64_t n_max    = !is_host ? MAX(CHUNKS_MAX, CHUNKS_DEVICE/(shape.H*q->ne[3])) : q->ne[1] <= ATTN_ROWS_MAX ? CHUNKS_MAX : 1;
-    const int64_t n_chunks = GGML_PAD(n_used, CHUNK_MIN)/CHUNK_MIN < n_max ? GGML_PAD(n_used, CHUNK_MIN)/CHUNK_MIN : n_max;
+    const int64_t least    = is_host ? CHUNK_MIN : CHUNK_MIN_DEVICE;
+    const int64_t n_max    = !is_host ? MAX(CHUNKS_HEAD, CHUNKS_DEVICE/(shape.H*q->ne[3])) : q->ne[1] <= ATTN_ROWS_MAX ? CHUNKS_MAX : 1;
+    const int64_t n_chunks = MIN((n_used + least - 1)/least, n_max);
     shape.chunk = (int32_t) ((n_used + n_chunks - 1)/n_chunks);
 
     struct ggml_tensor * part = ggml_new_tensor_4d(ctx, GGML_TYPE_F32,
