@@ -179,13 +179,14 @@ def cuda_table(depths: "tuple[int, ...]" = (0, 4096, 32768, 131072)) -> str:
 def attention(tokens: int = 131072) -> str:
     """Share of the copy bandwidth that ATTN + REDUCE reach on the H200."""
     wanted = (tokens, 1, 1, "behind")
-    rows = {(f"kvarn{row['bits_k']:.0f}/kvarn{row['bits_v']:.0f}", row["D"], row["gqa"]): row for row in read(CUDA/"h200.csv")
+    rows = {(f"kvarn{row['bits_k']:.0f}/kvarn{row['bits_v']:.0f}", row["D"], row["heads"], row["gqa"]): row
+            for row in read(CUDA/"h200.csv")
             if (row["tokens"], row["streams"], row["rows"], row["launch"]) == wanted and row["bits_k"] and row["bits_v"]}
     body = []
-    for cache in dict.fromkeys(name for name, _, _ in rows):
+    for cache in dict.fromkeys(key[0] for key in rows):
         line = [cache]
-        for D, gqa in ((128, 4), (128, 8), (64, 4), (256, 4)):
-            row = rows.get((cache, D, gqa))
+        for D, heads, gqa in ((128, 8, 4), (128, 8, 8), (64, 8, 4), (256, 4, 4)):
+            row = rows.get((cache, D, heads, gqa))
             line.append(f"{row['us']:.1f} us, {row['% of copy']:.0f} %" if row else "")
         body.append(line)
     return quality.table(["keys/values", "heads of 128, GQA 4", "GQA 8", "heads of 64, GQA 4", "heads of 256, GQA 4"], body)
