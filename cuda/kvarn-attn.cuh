@@ -39,6 +39,7 @@ static __global__ void __launch_bounds__(32*kvarn_attn_warps_sm(D, NC), 1)
     const int size_v = BV ? kvarn_tile_size(D, BV ? BV : 2) : 0;
     const int values = BK ? size_k + 3*KVARN_PAD : 0; // where they lie behind the keys
     constexpr int n_col = 4*NC;
+    constexpr bool values_first = !kvarn_attn_may_be_whole(D, NC); // with the most sums registers are short until the loop begins
 
     KVARN_DYNAMIC_SHARED(shared);
 
@@ -119,10 +120,10 @@ static __global__ void __launch_bounds__(32*kvarn_attn_warps_sm(D, NC), 1)
         return __any_sync(0xffffffff, is_seen) ? KVARN_MASKED : KVARN_SKIPPED;
     };
 
-    // The open tiles of this block: f(tile, its slot). Every warp looks through the map, sixteen entries per lane at once: one
+    // The open tiles of this block: f(tile, its slot). Every warp looks through the map, many entries per lane at once: one
     // behind the other, 1024 of them take longer than all other blocks' work.
     const auto for_open_tiles = [&](auto && f) {
-        constexpr int N = 16;
+        constexpr int N = values_first ? 4 : 16;
         for (int t0 = 0, n_seen = 0; t0 < a.n_used; t0 += 32*N) {
             int where[N];
 #pragma unroll
@@ -209,8 +210,10 @@ static __global__ void __launch_bounds__(32*kvarn_attn_warps_sm(D, NC), 1)
     __syncwarp();
     start_keys(t_begin, t_begin < t_end);
     int seen = examine(first, t_begin);
-    if (is_early) {
+    if (is_early || values_first) {
         start_values(t_begin, t_begin < t_end);
+    }
+    if (is_early) {
         if (is_open || is_whole) {
             for_open_tiles([&](int t, int where) {
                 for (int row = 32*warp + lane; row < KVARN_G; row += 32*n_warps) {
@@ -242,7 +245,7 @@ static __global__ void __launch_bounds__(32*kvarn_attn_warps_sm(D, NC), 1)
         store_q(c, q[0]);
     }
     __syncthreads();
-    if (!is_early) {
+    if (!is_early && !values_first) {
         start_values(t_begin, t_begin < t_end); // behind all warps' keys: work begins as soon as those are there
     }
 
