@@ -18,7 +18,7 @@ from kvarn import cache_size  # noqa: E402
 CPU = ROOT/"tests/bench/results"
 CUDA = ROOT/"cuda/bench/results"
 KERNELS = ("kernels-zen3-avx2.csv", "kernels-xeon-avx512.csv")
-RUNS = ("7",)               # of h200-llama.csv: kernels as they are
+RUNS = ("9",)               # of h200-llama.csv: kernels as they are
 CACHES = ("f16", "q8_0", "q4_0", "kvarn4/kvarn2", "kvarn2")
 CPU_DEEP, CUDA_DEEP = 16384, 131072   # of the table on the first screen
 
