@@ -206,10 +206,13 @@ def texts() -> "dict[str, str]":
     return {
         "first": first(quality.load()),
         "cpu_two": f"{two}\n\n{spread(idle[0])}",
-        "cpu_one": cpu_table("decode-zen3-deep.csv", threads=1, depths=(16384, 65536), prompts=(16384,)),
-        "cpu_again": runs_at(16384, *idle, "decode-zen3-2threads-16384.csv"),
-        "cpu_avx512_one": cpu_table("decode-xeon-avx512-1thread.csv", threads=1, depths=(0, 16384), prompts=()),
-        "cpu_avx512": cpu_table("decode-xeon-avx512.csv", threads=2, depths=(4096,), prompts=(4096,)),
+        "cpu_one": cpu_table("decode-zen3-1thread.csv", "decode-zen3-deep.csv", threads=1, depths=(0, 4096, 16384, 65536),
+                             prompts=(16384,)),
+        "cpu_again": runs_at(16384, "decode-zen3-2threads-earlier.csv", "decode-zen3-deep.csv", "decode-zen3-2threads-16384.csv",
+                             idle[0]),
+        "cpu_avx512_one": cpu_table("decode-xeon-avx512-1thread.csv", threads=1, depths=(0, 4096, 16384), prompts=()),
+        "cpu_avx512": cpu_table("decode-xeon-avx512-2threads.csv", "decode-xeon-avx512.csv", threads=2, depths=(0, 4096, 16384),
+                                prompts=(4096,)),
         "kernels_avx2": kernels(KERNELS[0]), "kernels_avx512": kernels(KERNELS[1]),
         "cuda": cuda_table(), "attention": attention(), "soak": soak(),
     }
