@@ -192,7 +192,7 @@ cache_contents read_kvarn_cache(reader & in) {
                 if (s.bits == 0) {
                     rows = in.get<ggml_fp16_t>(rows.size());
                 } else {
-                    const kvarn_shape shape = { side, s.bits, D, H, 0, 0, 0 };
+                    const kvarn_shape shape = { side, s.bits, D, H, 0, 0, 0, 0 };
                     const size_t size = kvarn_tile_size(D, s.bits);
                     std::vector<float> scratch(KVARN_G*D + kvarn_seal_scratch(D));
                     for (uint32_t i = 0; i < n_sealed; ++i) {
